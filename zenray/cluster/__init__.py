@@ -1,0 +1,1 @@
+"""Turn a spec into something running: local Ray, or a fake of it."""

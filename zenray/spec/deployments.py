@@ -1,0 +1,85 @@
+"""What a person asks to be served, and the states a deployment goes through."""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from zenray.spec.documents import Document
+from zenray.spec.versions import VersionRef
+
+
+class Autoscaling(Document):
+    """How many replicas, and when that changes. `min_replicas: 0` lets a model sleep until it is asked."""
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(16, gt=0, description="Requests in flight that one replica should have.")
+    upscale_delay_s: float = Field(10, ge=0)
+    downscale_delay_s: float = Field(120, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class EngineSettings(Document):
+    """How one replica runs the model."""
+
+    kind: Literal["vllm", "scripted"] = "vllm"  # "scripted" answers by a script, for tests: no model is loaded
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: int | None = Field(None, ge=16, description="Context in tokens; None: what the model has.")
+    max_num_seqs: int = Field(64, ge=1, description="Sequences that one replica computes at once.")
+    kv_cache_bytes: int = Field(
+        1 << 30, ge=1 << 26, description="KV cache on a CPU; on a GPU it is a share of its memory."
+    )
+    gpu_memory_utilization: float = Field(0.92, gt=0, le=1)
+    enforce_eager: bool = True
+    prefix_caching: bool = True
+
+
+class DeploymentSpec(Document):
+    """One model, in one version and format, served under its own name."""
+
+    model: str = Field(description="A catalog name: what clients write in `model`.")
+    version: str | None = Field(None, description="A version of the model; None: the newest published one.")
+    format: str = "safetensors"
+    engine: EngineSettings = EngineSettings()
+    autoscaling: Autoscaling = Autoscaling()
+    cpus_per_replica: float = Field(1, gt=0)
+    gpus_per_replica: float = Field(0, ge=0)
+    graceful_shutdown_timeout_s: float = Field(
+        600, ge=0, description="At least the longest stream: a replica drains this long."
+    )
+
+    def ref(self) -> VersionRef:
+        """The exact version. ValueError while `version` is None: control resolves it first."""
+        if self.version is None:
+            raise ValueError(f"{self.model}: no version chosen yet")
+        return VersionRef(model=self.model, version=self.version, format=self.format)
+
+    def revision(self) -> str:
+        """The name of the immutable Serve application that runs exactly this spec."""
+        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+        return f"{self.model}--{self.version}--{digest}"
+
+
+class DeploymentState(StrEnum):
+    """pending → starting → ready ⇄ asleep; any → failed; any → stopping → stopped."""
+
+    PENDING = "pending"  # asked for; Ray Serve does not know it yet
+    STARTING = "starting"  # Ray Serve has it; no replica is ready
+    READY = "ready"
+    ASLEEP = "asleep"  # scaled to zero; the next request wakes it
+    FAILED = "failed"  # the reason stands in the deployment's `message`
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+    @property
+    def takes_traffic(self) -> bool:
+        return self in (DeploymentState.READY, DeploymentState.ASLEEP)

@@ -1,0 +1,132 @@
+"""Files that a person writes: YAML, parsed strictly, with errors that name the line and the nearest key."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from zenray.spec.errors import InvalidDocument
+
+
+class Document(BaseModel):
+    """Base of everything that a person or another process writes: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+D = TypeVar("D", bound=BaseModel)
+
+
+def load_document(path: Path, schema: type[D]) -> D:
+    """Read one YAML file as `schema`. Raises InvalidDocument with file, line, and what to write instead."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = (
+            f"Files in {path.parent}: {', '.join(beside)}."
+            if beside
+            else f"The folder {path.parent} has no .yaml file."
+        )
+        raise InvalidDocument(f"{path}: no such file.", hint=hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidDocument(f"{path}: cannot be read: {error}.") from None
+    return parse_document(text, schema, where=str(path))
+
+
+def parse_document(text: str, schema: type[D], *, where: str) -> D:
+    """As `load_document`, for text that is already read; `where` names it in errors."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_repeated_keys(node, where)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InvalidDocument(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise InvalidDocument(f"{where}: expected keys and values, got {type(data).__name__}.")
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(item, node, schema, where) for item in error.errors()]
+        raise InvalidDocument("\n".join(lines)) from None
+
+
+def _describe(item: Any, node: yaml.Node | None, schema: type[BaseModel], where: str) -> str:
+    path = item["loc"]
+    line = _line_of(node, path)
+    place = f"{where}:{line}" if line else where
+    name = ".".join(str(part) for part in path) or "(whole file)"
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(schema, path[:-1])
+        near = get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
+        return f"{place}: unknown key {name!r}. {hint}"
+    if item["type"] == "missing":
+        return f"{place}: key {name!r} is missing."
+    return f"{place}: {name}: {item['msg']}."
+
+
+def _line_of(node: yaml.Node | None, path: tuple[Any, ...]) -> int | None:
+    """The 1-based line of the deepest part of `path` that is in the file."""
+    line = node.start_mark.line + 1 if node else None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    line, node = key.start_mark.line + 1, value
+                    break
+            else:
+                return line
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _keys_at(schema: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """The keys that `schema` allows at `path`; what cannot be followed (a union) gives the keys reached so far."""
+    current: Any = schema
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part)
+        inner = _first_model(field.annotation) if field else None
+        if inner is None:
+            break
+        current = inner
+    return list(current.model_fields)
+
+
+def _first_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _first_model(argument)
+        if found:
+            return found
+    return None
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, where: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            if key.value in seen:
+                raise InvalidDocument(
+                    f"{where}:{key.start_mark.line + 1}: key {key.value!r} is already on line {seen[key.value]}."
+                )
+            seen[key.value] = key.start_mark.line + 1
+            _refuse_repeated_keys(value, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repeated_keys(value, where)
