@@ -1,0 +1,1 @@
+"""The public door: OpenAI routes, keys, limits, routing, failover, metering; no database."""
