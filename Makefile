@@ -1,0 +1,51 @@
+# Two targets for a fresh machine: `make demo` and `make test`. Each sets up all that it needs.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test nightly lint types imports fast parity contract e2e
+SHELL := /bin/bash
+bin := .venv/bin
+pytest := $(bin)/python -m pytest
+heavy := tests/parity tests/contract tests/e2e
+
+help:  ## What can be made
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup:  ## The packages in .venv, and the servers that tests need (what cannot be installed is named)
+	@scripts/setup.sh --servers wanted
+
+demo:  ## A real model on Ray, asked through the gateway, billed to the token
+	@scripts/setup.sh
+	@$(bin)/python -m zenray.cli.demo
+
+check:  ## Lint, types, import contracts, fast tests: under a minute
+	@scripts/setup.sh
+	@$(MAKE) --no-print-directory -j2 --output-sync=target types lint imports fast
+
+test:  ## All that CI runs: check, parity, contract, e2e
+	@scripts/setup.sh --servers needed
+	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory parity
+	@$(MAKE) --no-print-directory contract
+	@$(MAKE) --no-print-directory e2e
+
+nightly:  ## The tests and benchmarks that take too long for every run
+	@scripts/setup.sh --servers needed
+	@$(pytest) tests -m nightly --timeout 3600
+	@for file in benchmarks/*.py; do name=$$(basename $$file .py); \
+	  grep -q __main__ $$file || continue; echo "benchmarks.$$name"; $(bin)/python -m benchmarks.$$name || exit 1; done
+
+lint:
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+
+types:
+	@$(bin)/mypy
+
+imports:
+	@$(bin)/lint-imports
+
+# A layer without a single test is an error: pytest then exits with 5.
+fast:
+	@echo "== fast tests"; $(pytest) tests $(heavy:%=--ignore=%) -m "not nightly" -n 2
+
+parity contract e2e:
+	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 5
