@@ -1,0 +1,295 @@
+"""The network's dimensions and choices, as frozen dataclasses that refuse what cannot be built.
+
+Where Hugging Face has a usual name for a field, that is the name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from zenray.spec.errors import InvalidValue, suggest
+
+RopeType = Literal["default", "linear", "yarn", "llama3"]
+BalanceLoss = Literal["switch", "cv2", "none"]
+
+
+def _require(condition: bool, message: str, *, param: str, hint: str | None = None) -> None:
+    if not condition:
+        raise InvalidValue(message, param=param, hint=hint)
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """Rotary positions (arXiv 2104.09864) and how they stretch beyond the context of pre-training.
+
+    `yarn` (arXiv 2309.00071) and `llama3` scale each frequency by its wavelength, `linear` scales all alike.
+    `attention_factor=None` is YaRN's own 0.1·ln(factor) + 1.
+    """
+
+    rope_type: RopeType = "default"
+    rope_theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        known = get_args(RopeType)
+        _require(
+            self.rope_type in known,
+            f"rope_type {self.rope_type!r} is unknown.",
+            param="rope_parameters",
+            hint=suggest(self.rope_type, known),
+        )
+        _require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}: it must be positive.", param="rope_parameters")
+        _require(self.factor >= 1, f"factor is {self.factor}: it must be at least 1.", param="rope_parameters")
+        if self.rope_type in ("yarn", "llama3"):
+            _require(
+                bool(self.original_max_position_embeddings),
+                f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the context of pre-training.",
+                param="rope_parameters",
+            )
+        if self.rope_type == "yarn":
+            _require(
+                self.beta_fast > self.beta_slow > 0,
+                f"beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}, and both positive.",
+                param="rope_parameters",
+            )
+        if self.rope_type == "llama3":
+            _require(
+                self.high_freq_factor > self.low_freq_factor > 0,
+                f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}.",
+                param="rope_parameters",
+            )
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """A named, contiguous range of experts of one domain (HIP-39's table), all of one width.
+
+    Groups of different widths in one layer are ZIP-0414's diverse experts.
+    """
+
+    name: str
+    num_experts: int
+    width: int
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_experts >= 1,
+            f"Expert group {self.name!r} has {self.num_experts} experts: it needs at least 1.",
+            param="expert_groups",
+        )
+        _require(
+            self.width >= 1,
+            f"Expert group {self.name!r} has width {self.width}: it must be at least 1.",
+            param="expert_groups",
+        )
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens find experts, and how the load is kept even.
+
+    Gate weights are softmax(logits / temperature) over all experts, kept for the chosen `experts_per_token`, and
+    with `renormalize` made to sum to 1 (Mixtral, Qwen3-MoE); without it they are the plain probabilities (blog, OLMoE).
+    """
+
+    experts_per_token: int = 2
+    renormalize: bool = True
+    temperature: float = 1.0
+    balance_loss: BalanceLoss = "switch"
+    balance_coefficient: float = 0.01
+    z_coefficient: float = 0.0
+    selection_bias: bool = False  # loss-free balancing (arXiv 2408.15664)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.experts_per_token >= 1,
+            f"experts_per_token is {self.experts_per_token}: it must be at least 1.",
+            param="router",
+        )
+        _require(self.temperature > 0, f"temperature is {self.temperature}: it must be positive.", param="router")
+        known = get_args(BalanceLoss)
+        _require(
+            self.balance_loss in known,
+            f"balance_loss {self.balance_loss!r} is unknown.",
+            param="router",
+            hint=suggest(self.balance_loss, known),
+        )
+        for name in ("balance_coefficient", "z_coefficient"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}: it must not be negative.", param="router")
+
+
+@dataclass(frozen=True)
+class MoDEConfig:
+    """Everything that fixes the network's shape and arithmetic. Layers are numbered from 0.
+
+    Layers in `sparse_layers` have routed experts; the others a dense SwiGLU of `intermediate_size`. Layers in
+    `local_layers` attend to the last `sliding_window` positions only. `shared_expert_width` > 0 adds an expert that
+    every token of a sparse layer passes, scaled by a sigmoid gate when `shared_expert_gate` (Qwen2-MoE).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    sparse_layers: tuple[int, ...] = ()
+    expert_groups: tuple[ExpertGroup, ...] = ()
+    router: RouterConfig = field(default_factory=RouterConfig)
+    shared_expert_width: int = 0
+    shared_expert_gate: bool = False
+    max_position_embeddings: int = 4096
+    rope_parameters: RopeParameters = field(default_factory=RopeParameters)
+    sliding_window: int | None = None
+    local_layers: tuple[int, ...] = ()
+    qk_norm: bool = False
+    attention_bias: bool = False  # on the query, key and value projections (Qwen2)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts in each sparse layer."""
+        return sum(group.num_experts for group in self.expert_groups)
+
+    @property
+    def expert_widths(self) -> tuple[int, ...]:
+        """The width of every expert, in the order of the router's rows."""
+        return tuple(group.width for group in self.expert_groups for _ in range(group.num_experts))
+
+    def group_range(self, name: str) -> range:
+        """The expert indices of group `name`. Raises InvalidValue for an unknown one."""
+        start = 0
+        for group in self.expert_groups:
+            if group.name == name:
+                return range(start, start + group.num_experts)
+            start += group.num_experts
+        hint = suggest(name, (group.name for group in self.expert_groups))
+        raise InvalidValue(f"There is no expert group {name!r}.", hint=hint, param="expert_groups")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MoDEConfig:
+        """The inverse of `to_dict`; lists may stand for tuples. Unknown keys are refused."""
+        known = {f.name for f in fields(cls)}
+        for name in data:
+            _require(name in known, f"Unknown model field {name!r}.", param=name, hint=suggest(name, known))
+        values = dict(data)
+        for name in ("sparse_layers", "local_layers"):
+            values[name] = tuple(values.get(name, ()))
+        values["expert_groups"] = tuple(
+            group if isinstance(group, ExpertGroup) else ExpertGroup(**group)
+            for group in values.get("expert_groups", ())
+        )
+        for name, kind in (("router", RouterConfig), ("rope_parameters", RopeParameters)):
+            if isinstance(values.get(name), dict):
+                values[name] = kind(**values[name])
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}: it must be at least 1.", param=name)
+        self._check_attention()
+        self._check_experts()
+
+    def _check_attention(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        _require(
+            heads % kv_heads == 0,
+            f"{heads} attention heads cannot share {kv_heads} key/value heads: {heads} / {kv_heads} is not whole.",
+            param="num_key_value_heads",
+            hint=f"Use a divisor of {heads}: {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}.",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim is {self.head_dim}: rotary positions turn pairs of values, so it must be even.",
+            param="head_dim",
+        )
+        self._check_layers("local_layers", self.local_layers)
+        _require(
+            not self.local_layers or (self.sliding_window is not None and self.sliding_window >= 1),
+            f"Layers {list(self.local_layers)} are local, but sliding_window is {self.sliding_window}.",
+            param="sliding_window",
+            hint="Give sliding_window in tokens, or leave local_layers empty.",
+        )
+        _require(
+            self.sliding_window is None or bool(self.local_layers),
+            f"sliding_window is {self.sliding_window}, but no layer is local: it would do nothing.",
+            param="local_layers",
+        )
+
+    def _check_experts(self) -> None:
+        self._check_layers("sparse_layers", self.sparse_layers)
+        if not self.sparse_layers:
+            _require(
+                not self.expert_groups and not self.shared_expert_width,
+                f"There are {self.num_experts} experts and a shared width of {self.shared_expert_width}, "
+                "but sparse_layers is empty.",
+                param="sparse_layers",
+                hint=f"Name the sparse layers, 0 to {self.num_hidden_layers - 1}.",
+            )
+            return
+        names = [group.name for group in self.expert_groups]
+        _require(
+            len(set(names)) == len(names), f"Expert group names repeat: {', '.join(names)}.", param="expert_groups"
+        )
+        experts, k = self.num_experts, self.router.experts_per_token
+        _require(
+            experts >= 1,
+            f"{len(self.sparse_layers)} layers are sparse, but there are no experts.",
+            param="expert_groups",
+        )
+        _require(
+            k <= experts,
+            f"Each token takes {k} experts, but a layer has only {experts}.",
+            param="router",
+            hint=f"Use experts_per_token of at most {experts}.",
+        )
+        _require(
+            self.shared_expert_width >= 0,
+            f"shared_expert_width is {self.shared_expert_width}: 0 means none, less is impossible.",
+            param="shared_expert_width",
+        )
+        _require(
+            not self.shared_expert_gate or self.shared_expert_width > 0,
+            "shared_expert_gate is on, but shared_expert_width is 0: there is nothing to gate.",
+            param="shared_expert_gate",
+        )
+
+    def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
+        last = self.num_hidden_layers - 1
+        outside = [layer for layer in layers if not 0 <= layer <= last]
+        _require(not outside, f"{name} has {outside}, but layers go from 0 to {last}.", param=name)
+        _require(
+            list(layers) == sorted(set(layers)),
+            f"{name} is {list(layers)}: list each layer once, in ascending order.",
+            param=name,
+        )
+
+
+def uniform_experts(num_experts: int, width: int, *, name: str = "general") -> tuple[ExpertGroup, ...]:
+    """One group: the usual layer of equal experts."""
+    return (ExpertGroup(name=name, num_experts=num_experts, width=width),)

@@ -1,0 +1,66 @@
+"""Which rows an expert layer computes: gathering tokens for their experts, and adding the results back up.
+
+T tokens, D hidden, E experts, K experts per token, R rows ((token, expert) pairs, sorted by expert).
+
+An expert layer is three steps, and experts know only the middle one: gather rows, run experts over rows, combine.
+So expert parallelism is put between the steps, from outside.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Assignment(NamedTuple):
+    """The rows of one layer. Rows of expert 0 come first, then those of expert 1, and so on."""
+
+    token_R: Tensor  # int64: the token that each row belongs to
+    weight_R: Tensor  # float32: what the row's result is multiplied by; gradients flow through it to the router
+    rows_E: Tensor  # int64: rows of each expert
+    slot_TK: Tensor | None = None  # int64: the rows of each token, where every token has exactly K of them
+
+
+def assign_top_k(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Assignment:
+    """Rows for K given experts per token. Within an expert, rows are in the order of their tokens."""
+    T, K = experts_TK.shape
+    flat = experts_TK.flatten()
+    order_R = torch.argsort(flat, stable=True)
+    slot_TK = torch.empty_like(order_R)
+    slot_TK[order_R] = torch.arange(T * K, device=flat.device)
+    return Assignment(
+        token_R=order_R // K,
+        weight_R=weights_TK.flatten().index_select(0, order_R),
+        rows_E=torch.bincount(flat, minlength=num_experts),
+        slot_TK=slot_TK.view(T, K),
+    )
+
+
+def assign_mask(chosen_TE: Tensor, weights_TE: Tensor) -> Assignment:
+    """Rows for any number of experts per token: one row where `chosen_TE` is True."""
+    expert_R, token_R = chosen_TE.t().nonzero(as_tuple=True)
+    return Assignment(
+        token_R=token_R,
+        weight_R=weights_TE[token_R, expert_R],
+        rows_E=chosen_TE.sum(dim=0),
+    )
+
+
+def gather_rows(x_TD: Tensor, assignment: Assignment) -> Tensor:
+    """x_RD: the input of every row."""
+    return x_TD.index_select(0, assignment.token_R)
+
+
+def combine_rows(y_RD: Tensor, assignment: Assignment, num_tokens: int) -> Tensor:
+    """y_TD: the weighted sum of each token's rows; zero for a token without rows.
+
+    Deterministic where every token has K rows; the ragged case adds with atomics on a GPU.
+    """
+    weighted_RD = y_RD * assignment.weight_R.to(y_RD.dtype)[:, None]
+    if assignment.slot_TK is not None:
+        T, K = assignment.slot_TK.shape
+        return weighted_RD.index_select(0, assignment.slot_TK.flatten()).view(T, K, -1).sum(dim=1)
+    out_TD = y_RD.new_zeros(num_tokens, y_RD.shape[1])
+    return out_TD.index_add(0, assignment.token_R, weighted_RD)

@@ -1,0 +1,51 @@
+"""The two feed-forward kinds of a decoder layer: a dense SwiGLU, and routed experts beside an optional shared one.
+
+B batch, S sequence, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zenray.model.balance import RouterStats
+from zenray.model.config import MoDEConfig
+from zenray.model.experts import make_experts
+from zenray.model.router import TokenChoiceRouter
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MixtureOfExperts(nn.Module):
+    """FFN(x) = Σ gᵢ·Eᵢ(x) over the token's experts (zen-mode blog), plus the shared expert where there is one."""
+
+    def __init__(self, config: MoDEConfig) -> None:
+        super().__init__()
+        self.gate = TokenChoiceRouter(config)
+        self.experts = make_experts(config.hidden_size, config.expert_widths)
+        width = config.shared_expert_width
+        self.shared_expert = SwiGLU(config.hidden_size, width) if width else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        x_TD = x_BSD.flatten(0, 1)
+        assignment, stats = self.gate(x_TD, None if valid_BS is None else valid_BS.flatten())
+        y_TD = self.experts(x_TD, assignment)
+        if self.shared_expert is not None:
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
+            y_TD = y_TD + shared_TD
+        return y_TD.view_as(x_BSD), stats
