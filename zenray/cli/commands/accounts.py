@@ -1,0 +1,127 @@
+"""Organisations, keys, credits and usage: who may ask, and what it cost."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from zenray.cli.client import ControlClient
+from zenray.cli.home import Home
+from zenray.cli.output import console, show_json, show_table
+from zenray.spec.money import format_usd
+
+orgs = typer.Typer(help="Organisations: who pays.", no_args_is_help=True)
+keys = typer.Typer(help="API keys: who asks, and for which models.", no_args_is_help=True)
+credits = typer.Typer(help="Credits: what an organisation may spend.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@orgs.command("create")
+def create_org(name: Annotated[str, typer.Argument(help="A short name: a-z, 0-9 and '-'.")]) -> None:
+    """Create an organisation."""
+    ControlClient.connect(Home.from_environment()).post("/admin/orgs", {"name": name})
+    console.print(f"Organisation {name} created. Next: `zenray credits add {name} 10` and `zenray keys create {name}`.")
+
+
+@orgs.command("list")
+def list_orgs(as_json: AsJson = False) -> None:
+    """List organisations with their balances."""
+    rows = ControlClient.connect(Home.from_environment()).get("/admin/orgs")["data"]
+    if as_json:
+        show_json(rows)
+        return
+    show_table(
+        ["organisation", "#balance", "created"],
+        [[row["name"], format_usd(row["balance_nano_usd"]), _day(row["created_at"])] for row in rows],
+    )
+
+
+@keys.command("create")
+def create_key(
+    org: str,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="Pattern of model names; may be given more than once.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="To recognise it by in lists.")] = None,
+) -> None:
+    """Create an API key for ORG and print it. It is shown this one time; only its hash is kept."""
+    body = {"org": org, "scopes": scope or ["*"], "name": name}
+    key = ControlClient.connect(Home.from_environment()).post("/admin/keys", body)
+    console.print(key["key"], soft_wrap=True)
+
+
+@keys.command("list")
+def list_keys(org: Annotated[str | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
+    """List API keys (never the keys themselves)."""
+    rows = ControlClient.connect(Home.from_environment()).get("/admin/keys", org=org)["data"]
+    if as_json:
+        show_json(rows)
+        return
+    show_table(
+        ["key", "organisation", "name", "scopes", "created", "state"],
+        [
+            [row["id"], row["org"], row["name"], " ".join(row["scopes"]), _day(row["created_at"]), _key_state(row)]
+            for row in rows
+        ],
+    )
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The id from `zenray keys list`, not the key.")]) -> None:
+    """Revoke a key. Gateways refuse it within two seconds."""
+    ControlClient.connect(Home.from_environment()).delete(f"/admin/keys/{key_id}")
+    console.print(f"Key {key_id} revoked.")
+
+
+@credits.command("add")
+def add_credits(
+    org: str,
+    usd: Annotated[str, typer.Argument(help="US dollars, such as 10 or 0.50.")],
+    note: Annotated[str | None, typer.Option(help="Kept in the ledger.")] = None,
+) -> None:
+    """Give ORG credit to spend."""
+    client = ControlClient.connect(Home.from_environment())
+    answer = client.post(f"/admin/orgs/{org}/credits", {"amount_usd": usd, "note": note})
+    console.print(f"{org} has {format_usd(answer['balance_nano_usd'])}.")
+
+
+def usage(
+    org: Annotated[str | None, typer.Argument(help="One organisation; all when left out.")] = None,
+    by: Annotated[str, typer.Option(help="day, model or key.")] = "day",
+    as_json: AsJson = False,
+) -> None:
+    """Show what was used and what it cost."""
+    rows = ControlClient.connect(Home.from_environment()).get("/admin/usage", org=org, group_by=by)["data"]
+    if as_json:
+        show_json(rows)
+        return
+    show_table(
+        [by, "#requests", "#input tokens", "#of these cached", "#output tokens", "#cost"],
+        [
+            [
+                row["group"],
+                row["requests"],
+                row["input_tokens"],
+                row["cached_input_tokens"],
+                row["output_tokens"],
+                format_usd(row["cost_nano_usd"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _key_state(row: dict[str, object]) -> str:
+    if row.get("revoked_at"):
+        return "revoked"
+    expires_at = row.get("expires_at")
+    if isinstance(expires_at, int | float) and expires_at < datetime.now(UTC).timestamp():
+        return "expired"
+    return "active"
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")

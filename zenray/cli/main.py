@@ -1,0 +1,62 @@
+"""The `zenray` command line: verbs and a file. Its flags are frozen by a test; a new knob is a field in a spec."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from zenray import __version__
+from zenray.cli.commands import accounts, chat, deployments, models, platform
+from zenray.cli.output import console, errors
+from zenray.spec.errors import ZenrayError
+
+app = typer.Typer(
+    name="zenray",
+    help="Make, tune, serve, ask and bill a family of Mixture-of-Distilled-Experts language models, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+app.command("up")(platform.up)
+app.command("down")(platform.down)
+app.command("status")(platform.status)
+app.add_typer(models.app, name="models")
+app.command("deploy")(deployments.deploy)
+app.command("undeploy")(deployments.undeploy)
+app.add_typer(accounts.orgs, name="orgs")
+app.add_typer(accounts.keys, name="keys")
+app.add_typer(accounts.credits, name="credits")
+app.command("usage")(accounts.usage)
+app.command("chat")(chat.chat)
+
+
+@app.command("version")
+def version() -> None:
+    """Print the version."""
+    console.print(__version__)
+
+
+def main() -> None:
+    """Run the command line. An error that zenray foresaw is one message and exit code 1, never a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        app()
+    except ZenrayError as error:
+        errors.print(f"[bold red]error:[/bold red] {_escape(error.message)}", soft_wrap=True)
+        if error.hint:
+            errors.print(f"       {_escape(error.hint)}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    main()
