@@ -45,7 +45,8 @@ MEANINGS = (
         r"NewConnectionError|ConnectTimeout|ReadTimeout|name resolution|ProxyError|Connection (refused|reset|broken)|"
         r"CERTIFICATE_VERIFY_FAILED|Network is unreachable|Could not fetch URL|RemoteDisconnected",
         NO_NETWORK,
-        "Check the network and, behind a proxy, HTTPS_PROXY and PIP_CERT; then run the same command again.",
+        "Check that pypi.org and, for torch, download.pytorch.org answer from here; behind a proxy set HTTPS_PROXY and "
+        "PIP_CERT. Then the same command again.",
     ),
     (
         r"No matching distribution found for (\S+)",
@@ -82,7 +83,7 @@ def main() -> int:
             set_up(choose_platform())
         missing = set_up_postgresql() if servers else None
     except Stopped as stopped:
-        print(f"{stopped.said}\nSet-up stopped: {stopped}.\nWhat to do: {stopped.hint}", file=sys.stderr)
+        print(f"{stopped.said}\n\nSet-up stopped: {stopped}.\nWhat to do: {stopped.hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nSet-up interrupted. The same command goes on from here.", file=sys.stderr)
