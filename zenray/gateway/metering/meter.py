@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
+import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -15,112 +15,20 @@ from typing import Any
 
 import orjson
 
+from zenray.gateway.metering.charge import Charge
+from zenray.gateway.metering.outbox import Outbox
+from zenray.gateway.metering.owner import own_folder
 from zenray.gateway.metering.replay import Scan, slots_path
-from zenray.gateway.metering.slots import OUTPUT_BITS, OUTPUT_MASK, SlotFile, counter_index, total
-from zenray.gateway.metering.wal import MeterFull, Segment, Wal
+from zenray.gateway.metering.slots import SlotFile
+from zenray.gateway.metering.wal import MeterFull, Wal
 from zenray.spec.clock import Clock
-from zenray.spec.errors import Conflict
 from zenray.spec.money import Price
-from zenray.spec.usage import Outcome, Usage, UsageEvent
+from zenray.spec.usage import UsageEvent
 
 log = logging.getLogger(__name__)
 
 COMMIT_INTERVAL_S = 0.05
-MAX_EVENTS_IN_MEMORY = 20_000
-CLOSE_EXTRA_BYTES = 512  # a close record is its open record and at most this
-
-
-class Charge:
-    """One open request: counts while tokens stream, then is closed once. Made by `Meter.open`, for one thread."""
-
-    __slots__ = (
-        "_closed", "_first_token_s", "_indices", "_meter", "_opened_s", "_words", "billing_key", "fields", "head",
-        "open_payload", "prompts", "segment", "sequence", "slots",
-    )  # fmt: skip
-
-    def __init__(self, meter: Meter, sequence: int, slots: list[int], prompts: int) -> None:
-        self._meter = meter
-        self._words = meter.words
-        self._indices = [counter_index(slot) for slot in slots]
-        self._closed = False
-        self._first_token_s: float | None = None
-        self._opened_s = meter.clock.monotonic()
-        self.sequence = sequence
-        self.slots = slots
-        self.prompts = prompts
-        self.billing_key = f"{meter.key_prefix}{sequence}"
-        self.fields: dict[str, Any] = {}
-        self.head = b""
-        self.open_payload = b""
-        self.segment: Segment
-
-    def count(self, choice: int, input_tokens: int, output_tokens: int) -> None:
-        """Store a choice's running usage: one aligned 64-bit store. Neither leg ever goes down; ValueError past 2³²."""
-        if self._closed or not 0 <= choice < len(self._indices):
-            raise ValueError(f"{self.billing_key} has no open choice {choice}")
-        index = self._indices[choice]
-        counter = input_tokens << OUTPUT_BITS | output_tokens
-        if counter < self._words[index] or not 0 <= output_tokens <= OUTPUT_MASK:
-            counter = _at_least(self._words[index], input_tokens, output_tokens)
-        self._words[index] = counter
-
-    def first_token(self) -> None:
-        """Note the time of the first token; later calls change nothing."""
-        if self._first_token_s is None:
-            self._first_token_s = self._meter.clock.monotonic()
-
-    def counted(self) -> Usage:
-        """What the slots hold now."""
-        if self._closed:
-            raise ValueError(f"{self.billing_key} is closed: its slots belong to others")
-        input_tokens, output_tokens = total([self._words[index] for index in self._indices], self.prompts)
-        return Usage(input_tokens=input_tokens, output_tokens=output_tokens)
-
-    def close(self, outcome: Outcome, usage: Usage | None = None, finish_reason: str | None = None) -> UsageEvent:
-        """End the request with the engine's final usage; None: with what the slots hold. Not twice (ValueError).
-
-        Never refused: if the disk is full the event waits in memory and its counts in the slots, until it can be
-        written; new requests are refused until then.
-        """
-        if self._closed:
-            raise ValueError(f"{self.billing_key} was closed before")
-        final = usage if usage is not None else self.counted()
-        now_s = self._meter.clock.monotonic()
-        ttft_s = None if self._first_token_s is None else self._first_token_s - self._opened_s
-        end: dict[str, Any] = {
-            "outcome": outcome,
-            "finish_reason": finish_reason[:64] if finish_reason else None,
-            "latency_ms": round((now_s - self._opened_s) * 1e3, 3),
-            "ttft_ms": None if ttft_s is None else round(ttft_s * 1e3, 3),
-        }
-        event = UsageEvent(**self.fields, usage=final, **end)
-        end["usage"] = {
-            "input_tokens": final.input_tokens,
-            "cached_input_tokens": final.cached_input_tokens,
-            "output_tokens": final.output_tokens,
-        }
-        payload = b'{"t":"close","event":' + self.head[:-1] + b"," + orjson.dumps(end)[1:] + b"}"
-        self._meter._close(self, event, payload)
-        self._closed = True
-        return event
-
-    def store_final(self, usage: Usage) -> None:
-        """Make the slots sum to the final usage, for a close that cannot be written yet. Never lowers a slot."""
-        counted = self.counted()
-        index = self._indices[0]
-        held = self._words[index]
-        self._words[index] = _at_least(
-            held,
-            (held >> OUTPUT_BITS) + max(0, usage.input_tokens - counted.input_tokens),
-            (held & OUTPUT_MASK) + max(0, usage.output_tokens - counted.output_tokens),
-        )
-
-
-def _at_least(held: int, input_tokens: int, output_tokens: int) -> int:
-    """A counter with each leg the greater of what is held and what is new."""
-    if not (0 <= input_tokens <= OUTPUT_MASK and 0 <= output_tokens <= OUTPUT_MASK):
-        raise ValueError(f"impossible usage: input {input_tokens}, output {output_tokens}")
-    return max(held >> OUTPUT_BITS, input_tokens) << OUTPUT_BITS | max(held & OUTPUT_MASK, output_tokens)
+MAX_END_BYTES = 512  # what a close record has beyond the head of its open record, framed
 
 
 class Meter:
@@ -144,35 +52,36 @@ class Meter:
     ) -> None:
         self.gateway_id = gateway_id
         self.boot_id = uuid.uuid4().hex[:16]
-        self.key_prefix = f"{gateway_id}:{self.boot_id}:"
         self.clock = clock
         self.max_streams = max_streams
+        self._key_prefix = f"{gateway_id}:{self.boot_id}:"
         self._max_wal_bytes = max_wal_bytes
         self._on_closed = on_closed
         self._mutex = threading.Lock()
-        self._commit_mutex = threading.Lock()
-        self._sequence = 0
+        self._commit_mutex = threading.Lock()  # taken before _mutex
+        self._sequence = itertools.count(1)
         self._open: dict[int, Charge] = {}
         self._streams = 0
         self._owed_bytes = 0
-        self._freed: list[int] = []
+        self._free = deque(range(2 * max_streams))
+        self._freed: list[int] = []  # since the last commit
         self._unwritten: deque[tuple[Charge, UsageEvent, bytes]] = deque()
-        self._unshipped_nano_usd: dict[str, int] = {}
-        self._events_in_memory = 0
         self._prices: dict[int, tuple[Price, orjson.Fragment]] = {}
         self._dirty = False
-        self._broken: str | None = None
-        self._stopped = threading.Event()
-        self._lock_fd = _lock_folder(folder, gateway_id)
-        try:
+        self._refusal: str | None = None
+        self._stopping = threading.Event()
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, own_folder(folder, gateway_id))
             # Twice the slots: what was closed is not given out again before its close is on the disk.
-            self._slots = SlotFile(slots_path(folder, self.boot_id), 2 * max_streams)
-            self.words = self._slots.words
-            self._free = deque(range(2 * max_streams))
-            self._wal = self._take_over(folder)
-        except BaseException:
-            os.close(self._lock_fd)
-            raise
+            slots = SlotFile(slots_path(folder, self.boot_id), 2 * max_streams)
+            undo.callback(slots.close)
+            scan = Scan(folder)
+            self._wal = Wal(folder, self.boot_id, list(scan.segments), max_bytes=max_wal_bytes)
+            undo.callback(self._wal.close)
+            self._outbox = Outbox(self._wal, self._mutex, self._key_prefix)
+            self._take_over(folder, scan)
+            self._slots, self._words = slots, slots.words
+            self._undo = undo.pop_all()
         self._thread = threading.Thread(
             target=self._commit_often, args=(commit_interval_s,), name="usage-log-commit", daemon=True
         )
@@ -202,81 +111,69 @@ class Meter:
         """
         if choices < 1 or prompts < 1 or choices % prompts:
             raise ValueError(f"{choices} choices are not the same number for each of {prompts} prompts")
+        sequence = next(self._sequence)
+        fields: dict[str, Any] = {
+            "billing_key": f"{self._key_prefix}{sequence}",
+            "request_id": request_id,
+            "attempt": attempt,
+            "org": org,
+            "user_id": user_id,
+            "key_id": key_id,
+            "model_asked": model_asked,
+            "model_answered": model_answered,
+            "adapter": adapter,
+            "quantization": quantization,
+            "price": price,
+            "at": self.clock.now(),
+        }
+        head = orjson.dumps({**fields, "price": self._price_json(price)})
+        if len(self._free) < choices:
+            self._commit_or_refuse()  # more was closed since the last commit than there are spare slots
         with self._mutex:
             slots = self._take_slots(choices)
-            self._sequence += 1
-            charge = Charge(self, self._sequence, slots, prompts)
-            charge.fields = {
-                "billing_key": charge.billing_key,
-                "request_id": request_id,
-                "attempt": attempt,
-                "org": org,
-                "user_id": user_id,
-                "key_id": key_id,
-                "model_asked": model_asked,
-                "model_answered": model_answered,
-                "adapter": adapter,
-                "quantization": quantization,
-                "price": price,
-                "at": self.clock.now(),
-            }
-            charge.head = orjson.dumps({**charge.fields, "price": self._price_json(price)})
-            charge.open_payload = b'{"t":"open","seq":%d,"slots":[%b],"prompts":%d,"reserve":%d,"event":%b}' % (
-                charge.sequence, b",".join(b"%d" % slot for slot in slots), prompts, reserve_nano_usd, charge.head,
+            payload = b'{"t":"open","seq":%d,"slots":[%b],"prompts":%d,"reserve":%d,"event":%b}' % (
+                sequence, b",".join([b"%d" % slot for slot in slots]), prompts, reserve_nano_usd, head,
             )  # fmt: skip
-            owed_bytes = _owed(charge)
+            owed_bytes = len(head) + MAX_END_BYTES
             for slot in slots:
-                self._slots.claim(slot, charge.sequence)
+                self._slots.claim(slot, sequence)
             try:
-                self._refuse_if_full(len(charge.open_payload) + owed_bytes)
-                charge.segment = self._wal.append(charge.open_payload)
+                self._refuse_if_full(len(payload) + owed_bytes)
+                segment = self._wal.append(payload)
             except MeterFull:
                 self._free.extendleft(slots)
                 raise
+            charge = Charge(self, self._words, sequence, slots, prompts, fields, head, payload, segment)
+            self._open[sequence] = charge
             self._streams += choices
             self._owed_bytes += owed_bytes
-            self._open[charge.sequence] = charge
             self._dirty = True
         return charge
 
     def pending(self, limit: int) -> list[UsageEvent]:
-        """The oldest closed events that are not acknowledged, at most `limit`. Reads the disk after a restart."""
-        found: list[UsageEvent] = []
-        for segment in list(self._wal.segments):
-            if segment.events is None and segment.unshipped_events:
-                loaded = segment.load()
-                with self._mutex:
-                    self._events_in_memory += len(loaded)
-            with self._mutex:
-                for event in (segment.events or {}).values():
-                    if len(found) == limit:
-                        return found
-                    found.append(event)
-        return found
+        """The oldest closed events that are not acknowledged, at most `limit`; for one caller at a time.
+
+        Blocks while a segment is read, after a restart or when control was away for long: call it in a thread.
+        """
+        return self._outbox.pending(limit)
 
     def acknowledge(self, billing_keys: Iterable[str]) -> None:
         """Control has these in its ledger: forget them. The next commit deletes segments that hold nothing else."""
-        left = set(billing_keys)
-        with self._mutex:
-            for segment in self._wal.segments:
-                if not left:
-                    break
-                for key in left & (segment.events or {}).keys():
-                    assert segment.events is not None
-                    event = segment.events.pop(key)
-                    segment.unshipped_events -= 1
-                    self._events_in_memory -= 1
-                    self._add_unshipped(event, -1)
-                    left.discard(key)
-            self._dirty = True
+        self._outbox.acknowledge(billing_keys)
+        self._dirty = True
 
     def unshipped_nano_usd(self, org: str) -> int:
         """What an organisation's closed, unacknowledged events cost."""
-        return self._unshipped_nano_usd.get(org, 0)
+        return self._outbox.unshipped_nano_usd(org)
 
     @property
     def unshipped_events(self) -> int:
-        return sum(segment.unshipped_events for segment in self._wal.segments) + len(self._unwritten)
+        return self._outbox.unshipped_events + len(self._unwritten)
+
+    @property
+    def inherited_events(self) -> int:
+        """Events of earlier boots that are not acknowledged. While there are any, no lease may be asked for."""
+        return self._outbox.inherited_events
 
     @property
     def open_streams(self) -> int:
@@ -287,7 +184,10 @@ class Meter:
         return self._wal.total_bytes
 
     def commit(self) -> None:
-        """Bring all that was recorded to the disk, then free what nothing needs any more. The thread does this."""
+        """Bring all that was recorded to the disk, then free what nothing needs any more. The thread does this.
+
+        Raises OSError when the disk fails; from then on every `open` is refused.
+        """
         with self._commit_mutex:
             with self._mutex:
                 self._dirty = False
@@ -295,72 +195,68 @@ class Meter:
                 finished = self._carry_open_records()
                 freed, self._freed = self._freed, []
                 sync = self._wal.sync_work()
+                has_open = bool(self._open)
             try:
                 sync()
-                if self._open:
+                if has_open:
                     self._slots.sync()
             except OSError as error:
                 # After a failed sync the kernel may have thrown the pages away; only a new boot can tell.
-                self._broken = f"The usage log could not be synced to the disk: {error.strerror}."
-                log.error("%s Requests are refused until the gateway is restarted on a sound disk.", self._broken)
+                self._refusal = f"The usage log could not be synced to the disk: {error.strerror}."
+                log.error("%s Requests are refused until the gateway is restarted on a sound disk.", self._refusal)
                 raise
             with self._mutex:
                 self._free.extend(freed)
-                for _ in range(finished):
-                    self._wal.delete_oldest()
+                useless = [self._wal.drop_oldest() for _ in range(finished)]
+            for path in useless:  # in order, so that an event's close never goes before its open
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Stop. What is open stays open in the log, and the next boot bills it by its slots. Idempotent."""
-        if self._stopped.is_set():
+        if self._stopping.is_set():
             return
-        self._stopped.set()
+        self._stopping.set()
         self._thread.join()
-        if self._broken is None:
+        with contextlib.suppress(OSError):
             self.commit()
         with self._mutex:
-            self._broken = "The meter is closed."
-            self._wal.close()
-            self._slots.close()
-            os.close(self._lock_fd)
+            self._refusal = "The meter is closed."
+            self._undo.close()
 
-    def _take_over(self, folder: Path) -> Wal:
-        """Read what earlier boots left, end what they left open, and only then forget their slots."""
-        scan = Scan(folder)
+    def _take_over(self, folder: Path, scan: Scan) -> None:
+        """Queue what earlier boots closed, end what they left open, and only then forget their slots."""
         for segment, event in scan.closed():
-            segment.unshipped_events += 1
-            self._add_unshipped(event, 1)
+            self._outbox.inherit(segment, event)
         interrupted = list(scan.interrupted())
-        wal = Wal(folder, self.boot_id, scan.segments, max_bytes=self._max_wal_bytes)
         for event in interrupted:
-            segment = wal.append(b'{"t":"close","event":' + event.model_dump_json().encode() + b"}")
-            self._keep(segment, event)
-            self._add_unshipped(event, 1)
-        wal.sync_work()()
+            segment = self._wal.append(b'{"t":"close","event":' + event.model_dump_json().encode() + b"}")
+            self._outbox.add(segment, event, event.cost_nano_usd())
+            self._outbox.owe(event.org, event.cost_nano_usd())
+        self._wal.sync_work()()
         for path in folder.glob("slots-*"):
             if path != slots_path(folder, self.boot_id):
                 path.unlink()
         if interrupted:
             log.warning("usage log %s: %d requests had been interrupted", folder, len(interrupted))
-        return wal
+
+    def _commit_or_refuse(self) -> None:
+        try:
+            self.commit()
+        except OSError as error:
+            raise MeterFull(self._refusal or str(error), hint=_RESTART) from error
 
     def _take_slots(self, choices: int) -> list[int]:
-        if self._streams + choices > self.max_streams:
+        if self._streams + choices > self.max_streams or len(self._free) < choices:
             raise MeterFull(
                 f"This gateway has {self._streams} of at most {self.max_streams} streams open.",
                 hint="Try again in a moment, or raise max_streams.",
                 retry_after_s=1,
             )
-        if len(self._free) < choices:
-            # More was closed since the last commit than there are spare slots: wait for the disk, as it must.
-            self._slots.sync()
-            self._wal.sync_work()()
-            self._free.extend(self._freed)
-            self._freed = []
         return [self._free.popleft() for _ in range(choices)]
 
     def _refuse_if_full(self, record_bytes: int) -> None:
-        if self._broken is not None:
-            raise MeterFull(self._broken, hint="Restart the gateway on a sound disk.")
+        if self._refusal is not None:
+            raise MeterFull(self._refusal, hint=_RESTART)
         if self._unwritten:
             raise MeterFull(f"{len(self._unwritten)} closed requests wait for room on the disk.", retry_after_s=5)
         if not self._wal.has_room(self._owed_bytes + record_bytes):
@@ -370,19 +266,24 @@ class Meter:
                 retry_after_s=5,
             )
 
-    def _close(self, charge: Charge, event: UsageEvent, payload: bytes) -> None:
+    def finish(self, charge: Charge, event: UsageEvent, payload: bytes) -> None:
+        """Charge.close's other half: log the end, free the slots, queue the event."""
         with self._mutex:
-            self._add_unshipped(event, 1)
+            if self._stopping.is_set() and self._refusal is not None:
+                raise ValueError(f"{charge.billing_key}: the meter is closed; the next boot bills what the slots hold")
+            self._outbox.owe(event.org, charge.cost_nano_usd)
             try:
                 if self._unwritten:
-                    raise MeterFull("Others wait for room.")
-                self._keep(self._wal.append(payload), event)
+                    raise MeterFull("Others wait for room on the disk.")
+                segment = self._wal.append(payload)
             except MeterFull as full:
                 log.error("a closed request waits: %s", full)
                 charge.store_final(event.usage)
                 self._unwritten.append((charge, event, payload))
             else:
+                self._outbox.add(segment, event, charge.cost_nano_usd)
                 self._release(charge)
+            charge.forget_slots()
             self._dirty = True
         if self._on_closed is not None:
             self._on_closed()
@@ -391,30 +292,7 @@ class Meter:
         del self._open[charge.sequence]
         self._freed.extend(charge.slots)
         self._streams -= len(charge.slots)
-        self._owed_bytes -= _owed(charge)
-
-    def _keep(self, segment: Segment, event: UsageEvent) -> None:
-        """Hold a closed event for the shipper: in memory as long as there are few, else the log holds it anyway."""
-        segment.unshipped_events += 1
-        if segment.events is not None:
-            segment.events[event.billing_key] = event
-            self._events_in_memory += 1
-        if self._events_in_memory > MAX_EVENTS_IN_MEMORY:
-            self._forget_newer_segments()
-
-    def _forget_newer_segments(self) -> None:
-        """Leave the events of finished segments to the disk, all but the oldest's, which is being shipped."""
-        for segment in self._wal.segments[1:-1]:
-            if segment.events and len(segment.events) == segment.unshipped_events:
-                self._events_in_memory -= len(segment.events)
-                segment.events = None
-
-    def _add_unshipped(self, event: UsageEvent, sign: int) -> None:
-        held = self._unshipped_nano_usd.get(event.org, 0) + sign * event.cost_nano_usd()
-        if held:
-            self._unshipped_nano_usd[event.org] = held
-        else:
-            self._unshipped_nano_usd.pop(event.org, None)
+        self._owed_bytes -= len(charge.head) + MAX_END_BYTES
 
     def _price_json(self, price: Price) -> orjson.Fragment:
         known = self._prices.get(id(price))
@@ -428,9 +306,10 @@ class Meter:
         while self._unwritten:
             charge, event, payload = self._unwritten[0]
             try:
-                self._keep(self._wal.append(payload), event)
+                segment = self._wal.append(payload)
             except MeterFull:
                 return
+            self._outbox.add(segment, event, charge.cost_nano_usd)
             self._unwritten.popleft()
             self._release(charge)
 
@@ -449,42 +328,12 @@ class Meter:
         return finished
 
     def _commit_often(self, interval_s: float) -> None:
-        while not self._stopped.wait(interval_s):
-            if self._dirty and self._broken is None:
+        while not self._stopping.wait(interval_s):
+            if self._dirty or self._open:
                 try:
                     self.commit()
                 except OSError:
-                    return
+                    return  # every open is refused from now on
 
 
-def _owed(charge: Charge) -> int:
-    """Room that an open request's close record will need."""
-    return len(charge.head) + CLOSE_EXTRA_BYTES
-
-
-def _lock_folder(folder: Path, gateway_id: str) -> int:
-    """Take the folder for this process until it ends; the lock file says who has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "owner.json"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        text = os.pread(fd, 4096, 0)
-        owner = json.loads(text) if text else {"gateway_id": gateway_id, "pid": None}
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Conflict(
-                f"The usage log in {folder} belongs to the running process {owner['pid']}.",
-                hint="Stop that gateway, or give this one a folder of its own.",
-            ) from None
-        if owner["gateway_id"] != gateway_id:
-            raise Conflict(
-                f"The usage log in {folder} is gateway {owner['gateway_id']!r}'s, not {gateway_id!r}'s.",
-                hint="Start it with its own gateway id, so that what it recorded is billed under the right leases.",
-            )
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"gateway_id": gateway_id, "pid": os.getpid()}).encode(), 0)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+_RESTART = "Restart the gateway on a sound disk."

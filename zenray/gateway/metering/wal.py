@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from zenray.gateway.metering.records import Damage, frame, read_records
 from zenray.spec.errors import Unavailable
 from zenray.spec.usage import UsageEvent
-
-log = logging.getLogger(__name__)
 
 SEGMENT_NAME = re.compile(r"(?P<number>\d{10})-(?P<boot_id>[0-9a-f]+)\.wal")
 
@@ -30,23 +28,16 @@ class Segment:
     number: int
     boot_id: str
     size_bytes: int = 0
+    closed_events: int = 0  # of the running boot
     unshipped_events: int = 0
-    # None: there are some, on disk only. Filled again when it is this segment's turn to be shipped.
-    events: dict[str, UsageEvent] | None = field(default_factory=dict)
+    # With their costs, by billing key. None: on the disk only, until it is this segment's turn to be shipped.
+    events: dict[str, tuple[UsageEvent, int]] | None = field(default_factory=dict)
 
-    def load(self) -> dict[str, UsageEvent]:
-        """The closed events that are not acknowledged, by billing key; read from disk if they are not in memory."""
-        if self.events is None:
-            self.events = {event.billing_key: event for event in closed_events(self.path)}
-            self.unshipped_events = len(self.events)
-        return self.events
-
-
-def closed_events(path: Path) -> Iterator[UsageEvent]:
-    """The events of a segment's close records, in order."""
-    for record in read_records(path):
-        if not isinstance(record, Damage) and record["t"] == "close":
-            yield UsageEvent.model_validate(record["event"])
+    def read_events(self) -> dict[str, tuple[UsageEvent, int]]:
+        """The events of the file's close records with their costs, by billing key, in order."""
+        records = [record for record in read_records(self.path) if not isinstance(record, Damage)]
+        events = [UsageEvent.model_validate(record["event"]) for record in records if record["t"] == "close"]
+        return {event.billing_key: (event, event.cost_nano_usd()) for event in events}
 
 
 def find_segments(folder: Path) -> list[Segment]:
@@ -93,11 +84,11 @@ class Wal:
         segment = self.active
         try:
             written = os.write(self._fd, record)
+            if written != len(record):
+                os.ftruncate(self._fd, segment.size_bytes)
+                raise OSError(errno.ENOSPC, f"only {written} of {len(record)} bytes were taken")
         except OSError as error:
             raise MeterFull(f"The usage log {segment.path} cannot be written: {error.strerror}.", hint=_ROOM) from error
-        if written != len(record):
-            os.ftruncate(self._fd, segment.size_bytes)
-            raise MeterFull(f"The usage log {segment.path} took {written} of {len(record)} bytes.", hint=_ROOM)
         segment.size_bytes += len(record)
         self.total_bytes += len(record)
         return segment
@@ -133,16 +124,16 @@ class Wal:
 
         return work
 
-    def delete_oldest(self) -> None:
-        """Unlink the oldest segment; only in order, so that an event's close never goes before its open."""
+    def drop_oldest(self) -> Path:
+        """Forget the oldest segment; its file is the caller's to delete."""
         segment = self.segments.pop(0)
-        segment.path.unlink(missing_ok=True)
         self.total_bytes -= segment.size_bytes
+        return segment.path
 
     def close(self) -> None:
         for fd in (*self._retired_fds, self._fd):
             os.close(fd)
-        self._retired_fds = []
+        self._retired_fds, self._fd = [], -1
 
 
 _ROOM = "Free space on the gateway's disk; requests are answered again as soon as the log can be written."
