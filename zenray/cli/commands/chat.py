@@ -26,7 +26,7 @@ def chat(model: str) -> None:
         _answer(client, model, [{"role": "user", "content": sys.stdin.read().strip()}])
         return
     console.print(f"[dim]{model}; an empty line ends.[/dim]")
-    messages: list[dict[str, str]] = []
+    messages: list[ChatCompletionMessageParam] = []
     while True:
         try:
             question = console.input("[bold]> [/bold]").strip()
@@ -48,14 +48,14 @@ def _client() -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key)
 
 
-def _answer(client: openai.OpenAI, model: str, messages: list[dict[str, str]]) -> str:
+def _answer(client: openai.OpenAI, model: str, messages: list[ChatCompletionMessageParam]) -> str:
     """Stream one answer to the terminal; returns its text."""
     began_s = time.monotonic()
     text, usage = "", None
     try:
         stream = client.chat.completions.create(
             model=model,
-            messages=messages,  # type: ignore[arg-type]  # the client's own type is a union of ten typed dicts
+            messages=messages,
             stream=True,
             stream_options={"include_usage": True},
         )

@@ -10,11 +10,12 @@ from pathlib import Path
 from zenray.cli.home import Home
 from zenray.cli.supervisor.parts import Part, ProcessPart
 from zenray.cluster.head import LocalRay
+from zenray.cluster.session import SessionRecord
 from zenray.control.config import ControlConfig
 from zenray.gateway.config import GatewayConfig
 from zenray.spec.documents import Document
 from zenray.spec.errors import ZenrayError
-from zenray.spec.platform import Platform, StorageSettings
+from zenray.spec.platform import Platform, RaySettings, StorageSettings
 from zenray.storage.opening import absolute
 
 
@@ -35,14 +36,18 @@ class RayPart:
     name = "Ray"
     start_timeout_s = 90.0
 
-    def __init__(self, ray: LocalRay, log_file: Path) -> None:
-        self._ray = ray
-        self.log_file = log_file
-        self.pid: int | None = None
+    def __init__(self, home: Path, settings: RaySettings) -> None:
+        self._ray = LocalRay(home, settings)
+        self._home = home
+        self.log_file = home / "ray.log"
+
+    @property
+    def pid(self) -> int | None:
+        record = SessionRecord.read(self._home / "ray.json")
+        return record.sid if record else None
 
     def start(self) -> None:
         self._ray.start()
-        self.pid = self._ray.pid
 
     def alive(self) -> bool:
         try:
@@ -75,6 +80,7 @@ def assemble(platform: Platform, home: Home) -> Assembly:
         edge_token_file=home.edge_token_file,
         ray_dashboard_url=dashboard_url,
         ray_token_file=ray_home / "ray.token",
+        serve_port=platform.ray.serve_port,
         catalog_dirs=(home.user_catalog,),
         key_prefix=platform.key_prefix,
         cache_dir=home.cache / "weights",
@@ -87,7 +93,7 @@ def assemble(platform: Platform, home: Home) -> Assembly:
         key_prefix=platform.key_prefix,
     )
     parts: list[Part] = [
-        RayPart(LocalRay(ray_home, platform.ray), ray_home / "ray.log"),
+        RayPart(ray_home, platform.ray),
         _process("control", control, f"{control_url}/readyz", home),
         _process("gateway", gateway, f"{gateway_url}/readyz", home, stop_timeout_s=gateway.drain_timeout_s + 10),
     ]

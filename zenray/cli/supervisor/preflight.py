@@ -76,7 +76,7 @@ def choose_ports(platform: Platform) -> Platform:
         "gateway": [name for name in ("port",) if not platform.gateway.port],
     }
     probes = []  # kept open until all are chosen, so that no port is chosen twice
-    changes = {}
+    changes: dict[str, dict[str, int]] = {}
     for section, names in wanted.items():
         for name in names:
             probe = socket.socket()
