@@ -92,6 +92,9 @@ class LeaseRequest(_Wire):
     org: str
     wanted_nano_usd: int = Field(ge=0)
     give_back_nano_usd: int = Field(0, ge=0, description="Granted earlier, neither spent nor reserved.")
+    sequence: int | None = Field(
+        None, ge=0, description="Rising for each boot and org. A request sent again under its number counts once."
+    )
 
 
 class Lease(_Wire):

@@ -1,0 +1,1 @@
+"""What must be remembered: organisations, keys, the ledger, deployments; and what gateways are told of it."""

@@ -1,0 +1,1 @@
+"""The admin API over HTTP: routes for people and tools, errors, health, metrics."""

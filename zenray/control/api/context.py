@@ -1,0 +1,34 @@
+"""What the admin routes work with, handed to them when control is put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Header
+
+from zenray.catalog.catalog import Catalog
+from zenray.control.auth.tokens import TokenDoor
+from zenray.control.db.engine import Database
+from zenray.control.deployments.applications import ApplicationFactory
+from zenray.control.deployments.reconciler import Reconciler
+from zenray.control.deployments.service import VersionSource
+from zenray.spec.clock import Clock
+from zenray.storage.base import ObjectStore
+
+
+@dataclass(frozen=True)
+class ControlContext:
+    database: Database
+    clock: Clock
+    admin_door: TokenDoor
+    catalog: Catalog
+    store: ObjectStore
+    versions: VersionSource
+    applications: ApplicationFactory
+    reconciler: Reconciler
+    key_prefix: str
+
+    def admit_admin(self, authorization: Annotated[str | None, Header()] = None) -> None:
+        """A dependency of routes that only operators may use."""
+        self.admin_door.check(authorization)

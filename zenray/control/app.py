@@ -1,0 +1,146 @@
+"""Puts control together: database, tokens, catalog, cluster, routes, and the reconciler's thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from zenray import __version__
+from zenray.catalog.catalog import Catalog
+from zenray.cluster.base import ClusterBackend
+from zenray.control.api.accounts import accounts_router
+from zenray.control.api.context import ControlContext
+from zenray.control.api.deployments import deployments_router
+from zenray.control.api.errors import install_error_handlers
+from zenray.control.api.gauges import DatabaseGauges
+from zenray.control.api.operations import operations_router
+from zenray.control.auth.tokens import TokenDoor, load_token
+from zenray.control.config import ControlConfig
+from zenray.control.db.engine import Database, open_database
+from zenray.control.db.migrate import migrate
+from zenray.control.db.published import raise_floor
+from zenray.control.deployments.applications import ApplicationFactory
+from zenray.control.deployments.reconciler import Reconciler
+from zenray.control.edge.routes import edge_router
+from zenray.control.edge.snapshot import SnapshotFeed
+from zenray.spec.clock import Clock, SystemClock
+from zenray.spec.deployments import DeploymentSpec
+from zenray.storage.base import ObjectStore
+from zenray.storage.opening import absolute, open_store
+from zenray.storage.versions import newest, read_manifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredVersions:
+    """`deployments.VersionSource` over an object store."""
+
+    store: ObjectStore
+
+    def resolve(self, spec: DeploymentSpec) -> DeploymentSpec:
+        if spec.version is None:
+            return spec.model_copy(update={"version": newest(self.store, spec.model, spec.format).ref.version})
+        read_manifest(self.store, spec.ref())
+        return spec
+
+
+@dataclass(frozen=True)
+class Control:
+    """Control, put together but not started. `app` is the ASGI application; its lifespan runs the reconciler."""
+
+    app: FastAPI
+    database: Database
+    reconciler: Reconciler
+    feed: SnapshotFeed
+
+
+def build_control(
+    config: ControlConfig,
+    *,
+    backend: ClusterBackend | None = None,
+    store: ObjectStore | None = None,
+    catalog: Catalog | None = None,
+    clock: Clock | None = None,
+    reconcile: bool = True,
+) -> Control:
+    """Opens and migrates the database, makes the tokens if there are none. What is given replaces what config names."""
+    clock = clock or SystemClock()
+    config.state_dir.mkdir(parents=True, exist_ok=True)
+    storage = absolute(config.storage, config.state_dir.absolute())
+    database = open_database(config.sqlalchemy_url())
+    migrate(database)
+    with database.write() as session:
+        raise_floor(session)
+    catalog = catalog or Catalog.load(config.catalog_dirs)
+    store = store or open_store(storage)
+    reconciler = Reconciler(database, backend or _backend(config), catalog, clock)
+    context = ControlContext(
+        database=database,
+        clock=clock,
+        admin_door=TokenDoor(load_token(config.path(config.admin_token_file, "admin.token")), what="admin token"),
+        catalog=catalog,
+        store=store,
+        versions=StoredVersions(store),
+        applications=ApplicationFactory(storage, str(config.path(config.cache_dir, "cache"))),
+        reconciler=reconciler,
+        key_prefix=config.key_prefix,
+    )
+    feed = SnapshotFeed(database)
+    edge_door = TokenDoor(load_token(config.path(config.edge_token_file, "edge.token")), what="edge token")
+    app = FastAPI(
+        title="zenray control",
+        version=__version__,
+        lifespan=_lifespan(context, feed, config.reconcile_interval_s if reconcile else None),
+    )
+    registry = CollectorRegistry()
+    registry.register(DatabaseGauges(database, clock))
+    install_error_handlers(app)
+    app.include_router(operations_router(context, registry))
+    app.include_router(accounts_router(context))
+    app.include_router(deployments_router(context))
+    app.include_router(edge_router(database, door=edge_door, clock=clock, feed=feed, registry=registry))
+    return Control(app, database, reconciler, feed)
+
+
+def _lifespan(
+    context: ControlContext, feed: SnapshotFeed, interval_s: float | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        stop = threading.Event()
+        if interval_s is not None:
+            # A daemon: a call to Ray may take 30 s, and control is to end within 5. A round that is cut off is only
+            # a round that did not happen.
+            threading.Thread(
+                target=context.reconciler.run, args=(stop, interval_s), name="reconciler", daemon=True
+            ).start()
+        try:
+            yield
+        finally:
+            stop.set()
+            feed.close()
+
+    return lifespan
+
+
+def _backend(config: ControlConfig) -> ClusterBackend:
+    if config.backend == "fake":
+        from zenray.cluster.fake import FakeCluster
+
+        return FakeCluster()
+    from zenray.cluster.local import LocalCluster
+
+    token_file = config.path(config.ray_token_file, "ray.token")
+    return LocalCluster(config.ray_dashboard_url, token=lambda: _read_token(token_file), serve_port=config.serve_port)
+
+
+def _read_token(path: Path) -> str:
+    return path.read_text(encoding="ascii").strip()

@@ -1,0 +1,1 @@
+"""The ledger: usage and credits, each applied once; balances and reports."""

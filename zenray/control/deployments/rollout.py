@@ -1,0 +1,177 @@
+"""What to do about one deployment, given what Ray Serve says: pure functions of (deployment, status, now).
+
+A changed wish is rolled out by a second application beside the first: it is brought up as a candidate, takes the
+traffic when it is ready, and only then does the old one drain and go. A candidate that fails takes no traffic, leaves
+the wish (so that its memory is free again), and the old one goes on serving.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from zenray.spec.deployments import DeploymentSpec, DeploymentState
+from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
+
+# How long an application is kept after its route was withdrawn, for gateways to hear of it. After that it is deleted,
+# and Ray Serve itself lets its replicas finish what they have begun (graceful_shutdown_timeout_s).
+DRAIN_SETTLE_S = 2.0
+START_TIMEOUT_S = 1800.0
+RETRY_FAILED_S = 60.0
+
+
+class Phase(StrEnum):
+    """A revision's life: queued → candidate → serving → draining → gone; candidate or serving → failed → queued."""
+
+    QUEUED = "queued"  # waits until an older application of the same name is gone
+    CANDIDATE = "candidate"  # is to run; takes no traffic yet
+    SERVING = "serving"  # takes the traffic
+    DRAINING = "draining"  # gets no new traffic; is deleted soon
+    GONE = "gone"
+    FAILED = "failed"
+
+    @property
+    def in_serve(self) -> bool:
+        """Whether Ray Serve is to have the application."""
+        return self in (Phase.CANDIDATE, Phase.SERVING, Phase.DRAINING)
+
+
+@dataclass(frozen=True)
+class RevisionView:
+    name: str
+    spec: DeploymentSpec
+    phase: Phase
+    since: float
+    was_ready: bool = False
+    message: str | None = None
+
+    def to(self, phase: Phase, now: float, message: str | None = None) -> RevisionView:
+        return replace(self, phase=phase, since=now, message=message)
+
+
+@dataclass(frozen=True)
+class DeploymentView:
+    """A deployment as the database has it. `wanted` names one of `revisions`; `stop`: it was undeployed."""
+
+    model: str
+    wanted: str
+    stop: bool
+    state: DeploymentState
+    message: str | None
+    revisions: tuple[RevisionView, ...]
+
+    def serving(self) -> RevisionView | None:
+        return next((r for r in self.revisions if r.phase is Phase.SERVING), None)
+
+
+def decide(view: DeploymentView, status: ServeStatus, now: float) -> DeploymentView:
+    """The deployment as it should be written down now."""
+    if view.stop:
+        return _wind_down(view, status, now)
+    by_name = {revision.name: revision for revision in view.revisions}
+    wanted = _advance(by_name.pop(view.wanted), status.applications.get(view.wanted), now)
+    others = [_retire(revision, wanted.phase is Phase.SERVING, now) for revision in by_name.values()]
+    revisions = tuple(
+        wanted if r.name == wanted.name else next(o for o in others if o.name == r.name) for r in view.revisions
+    )
+    return _with_state(replace(view, revisions=revisions), wanted, status)
+
+
+def unreachable(view: DeploymentView, reason: str) -> DeploymentView:
+    """Ray cannot be asked: everything stays as it is (its replicas may well be answering), and the reason is shown."""
+    if view.state is DeploymentState.STOPPED:
+        return view
+    return replace(view, message=reason)
+
+
+def _advance(revision: RevisionView, app: ApplicationStatus | None, now: float) -> RevisionView:
+    """The wanted revision, one step further."""
+    if revision.phase is Phase.GONE:
+        return revision.to(Phase.QUEUED, now)
+    if revision.phase is Phase.DRAINING:  # wanted again before it was deleted
+        return revision.to(Phase.CANDIDATE, now)
+    if revision.phase is Phase.FAILED:
+        retry = revision.was_ready and now - revision.since >= RETRY_FAILED_S
+        return revision.to(Phase.QUEUED, now, revision.message) if retry else revision
+    if revision.phase is Phase.QUEUED:
+        return revision.to(Phase.CANDIDATE, now) if app is None else revision
+    if app is not None and app.state is ApplicationState.DEPLOY_FAILED:
+        return revision.to(Phase.FAILED, now, _reason(app))
+    if revision.phase is Phase.SERVING:
+        return revision
+    if app is not None and _is_ready(revision.spec, app):
+        return replace(revision.to(Phase.SERVING, now), was_ready=True)
+    if now - revision.since > START_TIMEOUT_S:
+        said = f" Ray Serve says: {app.message}" if app and app.message else ""
+        return revision.to(Phase.FAILED, now, f"No replica was ready after {START_TIMEOUT_S / 60:.0f} minutes.{said}")
+    return revision
+
+
+def _is_ready(spec: DeploymentSpec, app: ApplicationStatus) -> bool:
+    if app.state is not ApplicationState.RUNNING:
+        return False
+    return bool(app.replica_urls) or spec.autoscaling.min_replicas == 0
+
+
+def _retire(revision: RevisionView, replaced: bool, now: float) -> RevisionView:
+    """A revision that is not wanted any more. The one that serves does so until the wanted one has replaced it."""
+    if revision.phase is Phase.SERVING:
+        return revision.to(Phase.DRAINING, now) if replaced else revision
+    if revision.phase is Phase.DRAINING:
+        return revision.to(Phase.GONE, now) if now - revision.since >= DRAIN_SETTLE_S else revision
+    if revision.phase in (Phase.QUEUED, Phase.CANDIDATE):
+        return revision.to(Phase.GONE, now, "Replaced before it was ready.")
+    return revision
+
+
+def _wind_down(view: DeploymentView, status: ServeStatus, now: float) -> DeploymentView:
+    revisions = tuple(_retire(revision, True, now) for revision in view.revisions)
+    left = [r.name for r in revisions if r.phase.in_serve or r.name in status.applications]
+    state = DeploymentState.STOPPING if left else DeploymentState.STOPPED
+    message = f"Ray Serve drains {', '.join(left)}." if left else None
+    return replace(view, revisions=revisions, state=state, message=message)
+
+
+def _with_state(view: DeploymentView, wanted: RevisionView, status: ServeStatus) -> DeploymentView:
+    serving = view.serving()
+    if serving is None:
+        state, message = _state_of_start(wanted, status.applications.get(wanted.name))
+        return replace(view, state=state, message=message)
+    state, message = _state_of_serving(serving, status.applications.get(serving.name))
+    if serving.name != wanted.name:
+        message = _rollout_note(wanted, serving, status.applications.get(wanted.name))
+    return replace(view, state=state, message=message)
+
+
+def _state_of_start(wanted: RevisionView, app: ApplicationStatus | None) -> tuple[DeploymentState, str | None]:
+    if wanted.phase is Phase.FAILED:
+        return DeploymentState.FAILED, wanted.message
+    if wanted.phase is Phase.QUEUED and app is not None:
+        return DeploymentState.PENDING, f"Waits until Ray Serve has removed the earlier {wanted.name}."
+    if app is None:
+        return DeploymentState.PENDING, None
+    return DeploymentState.STARTING, app.message or None
+
+
+def _state_of_serving(serving: RevisionView, app: ApplicationStatus | None) -> tuple[DeploymentState, str | None]:
+    if app is None or app.state in (ApplicationState.NOT_STARTED, ApplicationState.DELETING):
+        return DeploymentState.STARTING, "Ray Serve has lost it; it is being deployed again."
+    unhealthy = app.state is ApplicationState.UNHEALTHY
+    if app.replica_urls:
+        return DeploymentState.READY, app.message or None if unhealthy else None
+    if unhealthy:
+        return DeploymentState.FAILED, _reason(app)
+    if serving.spec.autoscaling.min_replicas == 0:
+        return DeploymentState.ASLEEP, None
+    return DeploymentState.STARTING, app.message or "No replica runs; Ray Serve is starting one."
+
+
+def _rollout_note(wanted: RevisionView, serving: RevisionView, app: ApplicationStatus | None) -> str:
+    if wanted.phase is Phase.FAILED:
+        return f"{wanted.name} failed, {serving.name} goes on serving: {wanted.message}"
+    said = f": {app.message}" if app and app.message else ""
+    return f"{wanted.name} is starting, {serving.name} serves until it is ready{said}"
+
+
+def _reason(app: ApplicationStatus) -> str:
+    return app.message or f"Ray Serve reports {app.state.value} without a reason."

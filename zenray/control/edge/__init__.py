@@ -1,0 +1,1 @@
+"""What gateways talk to: the snapshot, leases, and the intake of usage."""
