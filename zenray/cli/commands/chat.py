@@ -7,6 +7,7 @@ import sys
 import time
 
 import openai
+from openai.types.chat import ChatCompletionMessageParam
 
 from zenray.cli.home import Home
 from zenray.cli.output import console
