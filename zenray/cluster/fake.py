@@ -1,0 +1,135 @@
+"""A cluster that runs nothing: applications pass through Ray Serve's states by a clock, and can be told to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from zenray.spec.clock import Clock, SystemClock
+from zenray.spec.errors import ClusterUnavailable
+from zenray.spec.serving import (
+    SERVE_IMPORT_PATH,
+    ApplicationState,
+    ApplicationStatus,
+    ReplicaLaunch,
+    ServeApplication,
+    ServeStatus,
+)
+
+
+@dataclass
+class _Running:
+    wish: ServeApplication
+    since: float
+    replicas: int
+    failure: str | None = None
+    deleted_at: float | None = None
+    ports: list[int] = field(default_factory=list)
+
+
+class FakeCluster:
+    """The ClusterBackend for tests. Replicas need `start_s` to start; a deleted application is gone after `stop_s`.
+
+    Set `unreachable` to make every call fail; `fail`, `scale` and `forget` do what a real cluster may do by itself.
+    """
+
+    def __init__(self, clock: Clock | None = None, *, start_s: float = 5.0, stop_s: float = 2.0) -> None:
+        self.unreachable = False
+        self.applied: list[tuple[ServeApplication, ...]] = []
+        self._clock = clock or SystemClock()
+        self._start_s, self._stop_s = start_s, stop_s
+        self._running: dict[str, _Running] = {}
+        self._failures: dict[str, str] = {}
+        self._next_port = 30_000
+        self._proxied = False
+
+    def serve_status(self) -> ServeStatus:
+        """See ClusterBackend."""
+        self._reach()
+        now = self._clock.monotonic()
+        for name, running in list(self._running.items()):
+            if running.deleted_at is not None and now - running.deleted_at >= self._stop_s:
+                del self._running[name]
+        applications = {name: self._status(running, now) for name, running in self._running.items()}
+        proxy_url = "http://127.0.0.1:8000" if self._proxied else None
+        return ServeStatus(applications=applications, proxy_url=proxy_url)
+
+    def apply(self, applications: Sequence[ServeApplication]) -> None:
+        """See ClusterBackend."""
+        self._reach()
+        now = self._clock.monotonic()
+        self.applied.append(tuple(applications))
+        self._proxied |= bool(applications)
+        wishes = {application.name: application for application in applications}
+        for name, running in self._running.items():
+            if name not in wishes and running.deleted_at is None:
+                running.deleted_at = now
+        for name, wish in wishes.items():
+            there = self._running.get(name)
+            if there is None or there.wish != wish or there.deleted_at is not None:
+                failure = self._failures.get(name) or _fault(wish)
+                self._running[name] = _Running(wish=wish, since=now, replicas=_initial_replicas(wish), failure=failure)
+
+    def fail(self, name: str, message: str) -> None:
+        """This application fails to deploy, now and whenever it is applied again."""
+        self._failures[name] = message
+        if name in self._running:
+            self._running[name].failure = message
+
+    def scale(self, name: str, replicas: int) -> None:
+        """What autoscaling does: 0 puts the application to sleep, more wakes it. New replicas are there at once."""
+        self._running[name].replicas = replicas
+
+    def forget(self) -> None:
+        """Ray was restarted: nothing runs."""
+        self._running.clear()
+        self._proxied = False
+
+    def _reach(self) -> None:
+        if self.unreachable:
+            raise ClusterUnavailable("The cluster cannot be reached.", hint="It is a fake one, told so.")
+
+    def _status(self, running: _Running, now: float) -> ApplicationStatus:
+        wish = running.wish
+        started = now - running.since >= self._start_s
+        if running.deleted_at is not None:
+            state = ApplicationState.DELETING
+        elif running.failure is not None:
+            state = ApplicationState.DEPLOY_FAILED
+        else:
+            state = ApplicationState.RUNNING if started else ApplicationState.DEPLOYING
+        urls = {}
+        if state is ApplicationState.RUNNING:
+            while len(running.ports) < running.replicas:
+                running.ports.append(self._next_port)
+                self._next_port += 1
+            del running.ports[running.replicas :]
+            urls = {f"replica-{port}": f"http://127.0.0.1:{port}{wish.route_prefix}" for port in running.ports}
+        return ApplicationStatus(
+            name=wish.name,
+            state=state,
+            message=running.failure or "",
+            route_prefix=wish.route_prefix,
+            replica_urls=urls,
+            starting_replicas=running.replicas if state is ApplicationState.DEPLOYING else 0,
+        )
+
+
+def _initial_replicas(wish: ServeApplication) -> int:
+    try:
+        return max(1, ReplicaLaunch.model_validate(wish.args).deployment.autoscaling.min_replicas)
+    except ValidationError:
+        return 1
+
+
+def _fault(wish: ServeApplication) -> str | None:
+    """What Ray would say to a wish that cannot work."""
+    if wish.import_path != SERVE_IMPORT_PATH:
+        return f"ModuleNotFoundError: no application at {wish.import_path!r}"
+    try:
+        ReplicaLaunch.model_validate(wish.args)
+    except ValidationError as error:
+        return f"The arguments of the application are not valid: {error.errors()[0]['msg']}"
+    return None

@@ -1,0 +1,50 @@
+"""The seam to an engine: what a replica runs behind its guard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from zenray.serving.guard import ALLOWED_ROUTES, AsgiApp
+from zenray.spec.deployments import EngineSettings
+
+
+@dataclass(frozen=True)
+class EngineLaunch:
+    """What an engine needs to start: verified weights on local disk, and what it may use of the machine."""
+
+    model: str  # the name it answers to
+    folder: Path
+    settings: EngineSettings
+    cpus: float
+    gpus: float
+
+
+class Engine(Protocol):
+    """One model in one replica. `start` is called once; after `stop` no process of it is left."""
+
+    routes: frozenset[str]
+
+    async def start(self) -> AsgiApp:
+        """Load the model and give the application that answers for it. Raises with a message for the deployer."""
+
+    async def check_health(self) -> None:
+        """Raises when the engine cannot answer any more: Ray Serve then replaces the replica. Quick."""
+
+    async def stop(self) -> None:
+        """Idempotent."""
+
+
+def open_engine(launch: EngineLaunch) -> Engine:
+    """The engine that the settings name. Only the chosen engine is imported."""
+    if launch.settings.kind == "scripted":
+        from zenray.serving.engine.scripted_replica import ScriptedReplicaEngine
+
+        return ScriptedReplicaEngine(launch)
+    from zenray.serving.engine.vllm import VllmEngine
+
+    return VllmEngine(launch)
+
+
+__all__ = ["ALLOWED_ROUTES", "Engine", "EngineLaunch", "open_engine"]

@@ -1,0 +1,35 @@
+"""The scripted engine as the engine of a replica: its script comes with the version, as weights would."""
+
+from __future__ import annotations
+
+import asyncio
+
+from zenray.serving.engine.base import EngineLaunch
+from zenray.serving.engine.script import Script, read_script
+from zenray.serving.engine.scripted import SCRIPTED_ROUTES, ScriptedEngine
+from zenray.serving.guard import AsgiApp
+
+
+class ScriptedReplicaEngine:
+    """An Engine; see `script.py` for `script.json`."""
+
+    routes = SCRIPTED_ROUTES
+
+    def __init__(self, launch: EngineLaunch) -> None:
+        self._launch = launch
+
+    async def start(self) -> AsgiApp:
+        """See Engine. Takes `start_s` of the script, or fails with its `start_error`."""
+        file = read_script(self._launch.folder)
+        await asyncio.sleep(file.start_s)
+        if file.start_error is not None:
+            raise RuntimeError(file.start_error)
+        script = Script(**file.model_dump(include=set(Script.model_fields)))
+        max_model_len = self._launch.settings.max_model_len or file.max_model_len
+        return ScriptedEngine(self._launch.model, script=script, max_model_len=max_model_len)
+
+    async def check_health(self) -> None:
+        """See Engine: it cannot break."""
+
+    async def stop(self) -> None:
+        """See Engine: it holds nothing."""

@@ -1,0 +1,74 @@
+"""One replica of a deployment: fetches its weights, starts its engine, and answers on a port of its own.
+
+Deployed as its application's own ingress with late binding (`serve.ingress()`), so that under direct ingress Ray Serve
+gives each replica a port, and the engine's own HTTP application answers there behind the guard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+
+from zenray.serving.engine.base import Engine, EngineLaunch, open_engine
+from zenray.serving.guard import AsgiApp, Guard
+from zenray.spec.errors import InvalidValue
+from zenray.spec.serving import ReplicaLaunch
+from zenray.storage.cache import fetch
+from zenray.storage.opening import open_store
+
+KEY_VARIABLE = "VLLM_API_KEY"
+_log = logging.getLogger("ray.serve")
+
+
+class Replica:
+    """What Ray Serve constructs. A failure here becomes the message of the application."""
+
+    async def __init__(self, launch: ReplicaLaunch) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        # Taken out of the environment: engines start processes, and none of them needs it.
+        self._key = os.environ.pop(KEY_VARIABLE, "")
+        if not self._key:
+            raise InvalidValue(
+                f"{KEY_VARIABLE} is not set for this replica.",
+                hint="Set it in `runtime_env.env_vars` of the Serve application: a replica's port needs a key.",
+            )
+        self._engine: Engine | None = None
+        begun_at = time.monotonic()
+        folder = await asyncio.to_thread(_fetch_weights, launch)
+        fetched_at = time.monotonic()
+        self._engine = open_engine(_engine_launch(launch, folder))
+        self._app = await self._engine.start()
+        ready_at = time.monotonic()
+        _log.info(
+            "%s is ready: %.1f s for its files, %.1f s for its engine",
+            launch.deployment.ref(),
+            fetched_at - begun_at,
+            ready_at - fetched_at,
+        )
+
+    async def __serve_build_asgi_app__(self) -> AsgiApp:
+        assert self._engine is not None
+        return Guard(self._app, key=self._key, allowed=self._engine.routes)
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve; raising replaces the replica."""
+        if self._engine is not None:
+            await self._engine.check_health()
+
+    async def __del__(self) -> None:
+        engine, self._engine = getattr(self, "_engine", None), None
+        if engine is not None:
+            await engine.stop()
+
+
+def _fetch_weights(launch: ReplicaLaunch) -> Path:
+    return fetch(open_store(launch.storage), launch.deployment.ref(), Path(launch.cache_dir))
+
+
+def _engine_launch(launch: ReplicaLaunch, folder: Path) -> EngineLaunch:
+    spec = launch.deployment
+    return EngineLaunch(
+        model=spec.model, folder=folder, settings=spec.engine, cpus=spec.cpus_per_replica, gpus=spec.gpus_per_replica
+    )
