@@ -1,0 +1,250 @@
+"""The way to the replicas: which one is asked, what is tried when it cannot be reached, and how a sleeper is woken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Mapping, Sequence
+
+import aiohttp
+from yarl import URL
+
+from zenray.gateway import failures
+from zenray.gateway.snapshot import Directory, Route
+from zenray.spec.clock import Clock
+from zenray.spec.edge import Endpoint as Replica
+from zenray.spec.edge import RouteState
+from zenray.spec.errors import ModelNotReady, Unavailable, UpstreamFailed, ZenrayError
+
+log = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 3.0
+_SUSPECT_S = 2.0
+_KEEP_ALIVE_S = 4.0  # shorter than the 5 s of uvicorn, on which engines run: a kept connection is not one being closed
+_WAKE_POLL_S = 0.05
+
+
+def choose(
+    replicas: Sequence[Replica],
+    outstanding: Mapping[str, int],
+    suspect_until: Mapping[str, float],
+    tried: Collection[str],
+    now: float,
+    turn: int,
+) -> Replica | None:
+    """The replica with the fewest requests of ours, of those not tried yet; by turns among equals.
+
+    A replica that could not be reached within the last seconds comes last, but it comes: it may be the only one.
+    """
+    best: Replica | None = None
+    best_rank: tuple[bool, int] | None = None
+    count = len(replicas)
+    for step in range(count):
+        replica = replicas[(turn + step) % count]
+        if replica.replica_id in tried:
+            continue
+        rank = (suspect_until.get(replica.replica_id, 0.0) > now, outstanding.get(replica.replica_id, 0))
+        if best_rank is None or rank < best_rank:
+            best, best_rank = replica, rank
+    return best
+
+
+class Answer:
+    """A replica's answer, begun. `release` must be called, once it is read or no longer wanted."""
+
+    __slots__ = ("_upstream", "replica_id", "response")
+
+    def __init__(self, upstream: Upstream, replica_id: str, response: aiohttp.ClientResponse) -> None:
+        self._upstream = upstream
+        self.replica_id = replica_id
+        self.response = response
+
+    def release(self, *, finished: bool) -> None:
+        """`finished`: read to its end. Otherwise the connection is closed, and the engine stops computing."""
+        if finished:
+            self.response.release()
+        else:
+            self.response.close()
+        self._upstream.done(self.replica_id)
+
+
+class Upstream:
+    """Asks replicas for one gateway process."""
+
+    def __init__(self, session: aiohttp.ClientSession, directory: Directory, clock: Clock, *, silence_s: float) -> None:
+        self.outstanding: dict[str, int] = {}
+        self._session = session
+        self._directory = directory
+        self._clock = clock
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=silence_s)
+        self._suspect_until: dict[str, float] = {}
+        self._urls: dict[tuple[str, str], URL] = {}
+        self._turn = 0
+
+    async def ask(self, model: str, path: str, body: bytes, request_id: str) -> Answer:
+        """Send to the least busy replica; return when its answer has begun, whatever its status.
+
+        A replica that cannot be reached, or says 503, is passed over for the next. When one breaks the connection
+        before it has answered anything, the request is sent once more, and not a third time, since the request itself
+        may be what kills them. Raises Unavailable (503) when none is left, UpstreamFailed (502) when the request was lost.
+        """
+        tried: set[str] = set()
+        lost = False
+        busy = False
+        while True:
+            route = self._directory.routes.get(model)
+            replica = self._next(route, tried) if route else None
+            if route is None or replica is None:
+                break
+            tried.add(replica.replica_id)
+            self.outstanding[replica.replica_id] = self.outstanding.get(replica.replica_id, 0) + 1
+            answered = False
+            try:
+                response = await self._session.post(
+                    self._url(replica.url, path),
+                    data=body,
+                    headers={
+                        "authorization": f"Bearer {route.entry.engine_key}",
+                        "content-type": "application/json",
+                        "x-request-id": request_id,
+                    },
+                    timeout=self._timeout,
+                    allow_redirects=False,
+                )
+                if response.status == 503:
+                    response.close()
+                    busy = True
+                    continue
+                answered = True
+                return Answer(self, replica.replica_id, response)
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                self._suspect(replica, model, error)
+            except TimeoutError as error:
+                self._suspect(replica, model, error)
+                raise UpstreamFailed("The model's replica did not answer in time.", hint="Retry.") from None
+            except (aiohttp.ClientError, OSError) as error:
+                self._suspect(replica, model, error)
+                if lost:
+                    raise failures.died(started=False) from None
+                lost = True
+                # It may only have closed a connection that was kept too long: where there is no other, ask it again.
+                tried.discard(replica.replica_id)
+            finally:
+                if not answered:
+                    self.done(replica.replica_id)
+        if lost:
+            raise failures.died(started=False)
+        why = "All its replicas are busy." if busy else "None of its replicas can be reached."
+        raise Unavailable(f"The model '{model}' cannot answer at the moment. {why}", hint="Retry.", retry_after_s=1)
+
+    def done(self, replica_id: str) -> None:
+        left = self.outstanding[replica_id] - 1
+        if left:
+            self.outstanding[replica_id] = left
+        else:
+            del self.outstanding[replica_id]
+
+    def _next(self, route: Route, tried: Collection[str]) -> Replica | None:
+        self._turn += 1
+        replicas = route.entry.endpoints
+        if len(replicas) == 1 and not tried:
+            return replicas[0]
+        return choose(replicas, self.outstanding, self._suspect_until, tried, self._clock.monotonic(), self._turn)
+
+    def _suspect(self, replica: Replica, model: str, error: Exception) -> None:
+        now = self._clock.monotonic()
+        self._suspect_until = {name: until for name, until in self._suspect_until.items() if until > now}
+        self._suspect_until[replica.replica_id] = now + _SUSPECT_S
+        log.warning(
+            "replica_failed",
+            extra={"model": model, "replica_id": replica.replica_id, "reason": f"{type(error).__name__}: {error}"},
+        )
+
+    def _url(self, base: str, path: str) -> URL:
+        known = self._urls.get((base, path))
+        if known is None:
+            if len(self._urls) > 1000:  # replicas come and go
+                self._urls.clear()
+            known = self._urls[base, path] = URL(base + path)
+        return known
+
+
+class Waker:
+    """Wakes sleeping models; all requests for one wait for one call."""
+
+    def __init__(self, session: aiohttp.ClientSession, directory: Directory, *, timeout_s: float) -> None:
+        self._session = session
+        self._directory = directory
+        self._timeout_s = timeout_s
+        self._waking: dict[str, asyncio.Task[None]] = {}
+
+    def wake(self, model: str) -> asyncio.Task[None]:
+        """A task that ends when the model has a replica, or raises why it has none. Shared: never cancel it."""
+        task = self._waking.get(model)
+        if task is None:
+            task = self._waking[model] = asyncio.get_running_loop().create_task(self._wake(model))
+            task.add_done_callback(lambda _: self._waking.pop(model, None))
+        return task
+
+    async def _wake(self, model: str) -> None:
+        log.info("waking", extra={"model": model})
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    poke = asyncio.ensure_future(self._poke(model))
+                    try:
+                        while not poke.done():
+                            if self._is_up(model):
+                                return
+                            await asyncio.wait({poke}, timeout=_WAKE_POLL_S)
+                    finally:
+                        poke.cancel()
+                    if await self._appears(model, within_s=2.0):
+                        return
+        except TimeoutError:
+            raise ModelNotReady(
+                f"The model '{model}' did not wake within {self._timeout_s:.0f} s.", hint="Retry.", retry_after_s=10
+            ) from None
+
+    async def _appears(self, model: str, *, within_s: float) -> bool:
+        """The proxy has answered, so control sees the replica soon, and tells us."""
+        for _ in range(round(within_s / _WAKE_POLL_S)):
+            if self._is_up(model):
+                return True
+            await asyncio.sleep(_WAKE_POLL_S)
+        return False
+
+    def _is_up(self, model: str) -> bool:
+        route = self._directory.routes.get(model)
+        if route is None or route.entry.state is RouteState.FAILED:
+            raise self._gone(model, route)
+        return route.entry.state is RouteState.READY and bool(route.entry.endpoints)
+
+    def _gone(self, model: str, route: Route | None) -> ZenrayError:
+        why = (route.entry.message if route else None) or "it is no longer deployed"
+        return ModelNotReady(f"The model '{model}' did not wake: {why}.", retry_after_s=10)
+
+    async def _poke(self, model: str) -> None:
+        """Any request through the Serve proxy wakes the application; it is answered when a replica runs."""
+        route = self._directory.routes.get(model)
+        if route is None or route.entry.wake_url is None:
+            return
+        try:
+            async with self._session.get(
+                route.entry.wake_url + "/health",
+                timeout=aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
+            ) as response:
+                await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.warning("wake_failed", extra={"model": model, "reason": f"{type(error).__name__}: {error}"})
+
+
+def new_session() -> aiohttp.ClientSession:
+    """A client session for replicas and control: no cookies, no proxies, no limit on connections."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+        trust_env=False,
+    )
