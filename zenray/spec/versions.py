@@ -17,7 +17,7 @@ _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
 
 def check_name(kind: str, name: str) -> str:
     """`name` if it can be a model, version or format name; ValueError with the rule otherwise."""
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):  # match() would let a newline stand at the end
         raise ValueError(
             f"{name!r} cannot be a {kind} name: use 1 to 63 of a-z, 0-9, '.', '_', '-', "
             "beginning with a letter or a digit"
