@@ -55,9 +55,10 @@ class Charge:
         if not 0 <= choice < len(self._indices):  # no index is left once it is closed
             raise ValueError(f"{self.billing_key} has no open choice {choice}")
         index = self._indices[choice]
+        held = self._words[index]
         counter = input_tokens << OUTPUT_BITS | output_tokens
-        if counter < self._words[index] or not 0 <= output_tokens <= OUTPUT_MASK:
-            counter = _at_least(self._words[index], input_tokens, output_tokens)
+        if counter < held or not held & OUTPUT_MASK <= output_tokens <= OUTPUT_MASK:
+            counter = _at_least(held, input_tokens, output_tokens)
         self._words[index] = counter
 
     def first_token(self) -> None:

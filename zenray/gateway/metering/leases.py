@@ -6,9 +6,11 @@ The protocol, seen from the gateway (control's half is in `zenray.control.edge`)
   admitted is covered before any engine is asked.
 - Control's hold on an organisation's balance for a gateway is `granted in total - settled in the ledger by it`. The
   grants of all gateways and the settled spend never pass the balance: one row lock in control.
+- Lease requests of one organisation go one at a time, numbered upwards (`LeaseRequest.sequence`). When an answer is
+  lost the request is sent again under its number, and control answers as before without counting it twice. A request
+  whose answer never comes leaves the hold too large, never too small, until the gateway's next boot.
 - Credit that lies idle is given back in the next request. It is taken off here first, so at no moment do both sides
-  count on it; a request with a give-back is not sent again when its answer is lost (the hold then stays until the
-  gateway's next boot, which is the safe side).
+  count on it.
 - A gateway begins each boot with no credit at all. It first ships its whole log, and then asks under its new boot id;
   control then releases what the older boots of the same gateway id still hold: whatever they spent is in the ledger.
 - A hold does not expire by itself: its holder may still have usage to ship. A gateway whose disk is lost is declared
@@ -102,10 +104,7 @@ class LeaseBook:
         return max(wish, lacking)
 
     def give_back(self, org: str) -> int:
-        """Take idle credit out of the book, to be sent with the next lease request. 0 while the organisation is active.
-
-        Call it only for a request that is sent right away, and do not send that request twice.
-        """
+        """Take idle credit out of the book, for a lease request that is sent right away. 0 while the org is active."""
         credit = self._credit(org)
         now_s = self._clock.monotonic()
         if credit.reserved_nano_usd or now_s - credit.used_at_s < self._idle_s:

@@ -28,7 +28,11 @@ from zenray.spec.usage import UsageEvent
 log = logging.getLogger(__name__)
 
 COMMIT_INTERVAL_S = 0.05
-MAX_END_BYTES = 512  # what a close record has beyond the head of its open record, framed
+# Bounds on what a record has beyond its head (the fields that an open and its close share): JSON and frame.
+MAX_OPEN_BYTES = 128
+MAX_SLOT_BYTES = 11
+MAX_END_BYTES = 768
+MAX_HEAD_BYTES = 1 << 16
 
 
 class Meter:
@@ -127,18 +131,20 @@ class Meter:
             "at": self.clock.now(),
         }
         head = orjson.dumps({**fields, "price": self._price_json(price)})
+        if len(head) > MAX_HEAD_BYTES:
+            raise ValueError(f"{len(head)} bytes to say who asks for what; at most {MAX_HEAD_BYTES} are recorded")
         if len(self._free) < choices:
             self._commit_or_refuse()  # more was closed since the last commit than there are spare slots
+        owed_bytes = len(head) + MAX_END_BYTES
         with self._mutex:
-            slots = self._take_slots(choices)
+            self._refuse_if_full(choices, len(head) + MAX_OPEN_BYTES + MAX_SLOT_BYTES * choices + owed_bytes)
+            slots = [self._free.popleft() for _ in range(choices)]
             payload = b'{"t":"open","seq":%d,"slots":[%b],"prompts":%d,"reserve":%d,"event":%b}' % (
                 sequence, b",".join([b"%d" % slot for slot in slots]), prompts, reserve_nano_usd, head,
             )  # fmt: skip
-            owed_bytes = len(head) + MAX_END_BYTES
             for slot in slots:
                 self._slots.claim(slot, sequence)
             try:
-                self._refuse_if_full(len(payload) + owed_bytes)
                 segment = self._wal.append(payload)
             except MeterFull:
                 self._free.extendleft(slots)
@@ -245,18 +251,15 @@ class Meter:
         except OSError as error:
             raise MeterFull(self._refusal or str(error), hint=_RESTART) from error
 
-    def _take_slots(self, choices: int) -> list[int]:
+    def _refuse_if_full(self, choices: int, record_bytes: int) -> None:
+        if self._refusal is not None:
+            raise MeterFull(self._refusal, hint=_RESTART)
         if self._streams + choices > self.max_streams or len(self._free) < choices:
             raise MeterFull(
                 f"This gateway has {self._streams} of at most {self.max_streams} streams open.",
                 hint="Try again in a moment, or raise max_streams.",
                 retry_after_s=1,
             )
-        return [self._free.popleft() for _ in range(choices)]
-
-    def _refuse_if_full(self, record_bytes: int) -> None:
-        if self._refusal is not None:
-            raise MeterFull(self._refusal, hint=_RESTART)
         if self._unwritten:
             raise MeterFull(f"{len(self._unwritten)} closed requests wait for room on the disk.", retry_after_s=5)
         if not self._wal.has_room(self._owed_bytes + record_bytes):

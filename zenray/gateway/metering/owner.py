@@ -27,7 +27,7 @@ def own_folder(folder: Path, gateway_id: str) -> int:
             ) from None
         if owner["gateway_id"] != gateway_id:
             raise Conflict(
-                f"The usage log in {folder} is gateway {owner['gateway_id']!r}'s, not {gateway_id!r}'s.",
+                f"The usage log in {folder} belongs to the gateway {owner['gateway_id']!r}, not to {gateway_id!r}.",
                 hint="Start it with its own gateway id, so that what it recorded is billed under the right leases.",
             )
         os.ftruncate(fd, 0)
