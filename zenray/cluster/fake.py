@@ -131,5 +131,5 @@ def _fault(wish: ServeApplication) -> str | None:
     try:
         ReplicaLaunch.model_validate(wish.args)
     except ValidationError as error:
-        return f"The arguments of the application are not valid: {error.errors()[0]['msg']}"
+        return f"The arguments of the application are not valid: {error}"
     return None

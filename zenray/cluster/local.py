@@ -14,7 +14,6 @@ from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeApplic
 _PATH = "/api/serve/applications/"
 _TIMEOUT_S = 30.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_RAISED = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:\([A-Za-z_.]*\))?:? ?", re.MULTILINE)
 _STARTING = frozenset({"STARTING", "RECOVERING", "UPDATING", "PENDING_MIGRATION"})
 
 
@@ -114,7 +113,6 @@ def condense(message: str) -> str:
     before, *tracebacks = message.split("Traceback (most recent call last):")
     if not tracebacks:
         return message
-    lines = tracebacks[-1].splitlines()
-    raised = [index for index, line in enumerate(lines) if _RAISED.match(line)]
-    cause = "\n".join(lines[raised[-1] :] if raised else lines[-1:]).strip()
-    return "\n".join(filter(None, (before.strip(), cause)))
+    lines = tracebacks[-1].strip("\n").splitlines()
+    stack = next((index for index, line in enumerate(lines) if line and not line.startswith(" ")), 0)
+    return "\n".join(filter(None, (before.strip(), *lines[stack:])))

@@ -67,7 +67,7 @@ class SessionRecord:
     def leader_lives(self) -> bool:
         return any(process.pid == self.sid for process in self.processes())
 
-    def end(self, *, patience_s: float = 8.0) -> int:
+    def end(self, *, patience_s: float = 4.0) -> int:
         """End every process of the session; returns how many there were. Blocks for at most `patience_s` + 3 s.
 
         The leader is asked first: Ray then stops its parts in order. What is left is asked, then killed.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from zenray.serving.engine.base import Engine, EngineLaunch, open_engine
 from zenray.serving.guard import AsgiApp, Guard
+from zenray.serving.loopback import keep_on_loopback
 from zenray.spec.errors import InvalidValue
 from zenray.spec.serving import ReplicaLaunch
 from zenray.storage.cache import fetch
@@ -35,6 +36,7 @@ class Replica:
                 hint="Set it in `runtime_env.env_vars` of the Serve application: a replica's port needs a key.",
             )
         self._engine: Engine | None = None
+        keep_on_loopback()
         begun_at = time.monotonic()
         folder = await asyncio.to_thread(_fetch_weights, launch)
         fetched_at = time.monotonic()
