@@ -63,6 +63,10 @@ class ClientConnection(HttpToolsProtocol):
             raise ValueError("headers too large")  # the parser turns it into its own error, and that into a 400
 
 
+def _exit(number: int, frame: object) -> None:
+    sys.exit(0)
+
+
 def bind(config: GatewayConfig, port: int) -> socket.socket:
     """A socket on the gateway's port, not listening yet; several may be bound to one port."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -82,6 +86,9 @@ def bind(config: GatewayConfig, port: int) -> socket.socket:
 def serve(config: GatewayConfig, index: int, listener: socket.socket) -> None:
     """Run one gateway process until SIGTERM, SIGINT, or the loss of its parent."""
     log_to_stderr(config.process_id(index))
+    # uvicorn raises the signal that stopped it once more when it has drained; then this ends the process, with 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit)
     server = uvicorn.Server(
         uvicorn.Config(
             Gateway(config, index),
@@ -172,8 +179,6 @@ class _Family:
             os._exit(status)
 
     def _be_child(self, index: int) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.close(self._alive_write)
         threading.Thread(target=_stop_without_parent, args=(self._alive_read,), daemon=True).start()
         listener = bind(self._config, self._port)

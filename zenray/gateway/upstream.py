@@ -86,7 +86,7 @@ class Upstream:
 
         A replica that cannot be reached, or says 503, is passed over for the next. When one breaks the connection
         before it has answered anything, the request is sent once more, and not a third time, since the request itself
-        may be what kills them. Raises Unavailable (503) when none is left, UpstreamFailed (502) when the request was lost.
+        may be what kills them. Raises Unavailable (503) when none is left, UpstreamFailed (502) when it was lost.
         """
         tried: set[str] = set()
         lost = False
