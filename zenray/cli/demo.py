@@ -50,7 +50,7 @@ def main() -> None:
     try:
         _run(home)
     except ZenrayError as error:
-        errors.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+        errors.print(f"[bold red]error:[/bold red] {error}")
         sys.exit(1)
 
 

@@ -46,9 +46,9 @@ def main() -> None:
     try:
         app()
     except ZenrayError as error:
-        errors.print(f"[bold red]error:[/bold red] {_escape(error.message)}", soft_wrap=True)
+        errors.print(f"[bold red]error:[/bold red] {_escape(error.message)}")
         if error.hint:
-            errors.print(f"       {_escape(error.hint)}", soft_wrap=True)
+            errors.print(f"       {_escape(error.hint)}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+_WIDE = None if sys.stdout.isatty() else 200  # a file or a pipe has no width: do not fold for its sake
+console = Console(highlight=False, soft_wrap=True, width=_WIDE)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
@@ -35,4 +36,4 @@ def show_facts(facts: Mapping[str, Any]) -> None:
     """Names and values, one a line."""
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
-        console.print(f"[bold]{name.ljust(width)}[/bold]  {value}", soft_wrap=True)
+        console.print(f"[bold]{name.ljust(width)}[/bold]  {value}")

@@ -50,7 +50,7 @@ def create_key(
     """Create an API key for ORG and print it. It is shown this one time; only its hash is kept."""
     body = {"org": org, "scopes": scope or ["*"], "name": name}
     key = ControlClient.connect(Home.from_environment()).post("/admin/keys", body)
-    console.print(key["key"], soft_wrap=True)
+    console.print(key["key"])
 
 
 @keys.command("list")

@@ -66,7 +66,7 @@ def _answer(client: openai.OpenAI, model: str, messages: list[ChatCompletionMess
             piece = chunk.choices[0].delta.content if chunk.choices else None
             if piece:
                 text += piece
-                console.print(piece, end="", markup=False, soft_wrap=True)
+                console.print(piece, end="", markup=False)
     except openai.APIStatusError as error:
         raise ChatRefused(str(error.body["message"] if isinstance(error.body, dict) else error)) from None
     except openai.OpenAIError as error:

@@ -60,7 +60,7 @@ def show(model: str, as_json: AsJson = False) -> None:
             title="\nQuantizations",
         )
     for note in entry.notes:
-        console.print(f"[dim]note:[/dim] {note}", markup=True, soft_wrap=True)
+        console.print(f"[dim]note:[/dim] {note}", markup=True)
     _show_versions(versions)
 
 
