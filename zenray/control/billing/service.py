@@ -102,7 +102,8 @@ def balance_nano_usd(session: Session, org: str) -> int:
 
 def balances(session: Session) -> dict[str, int]:
     """Nano-USD by organisation, for those that ever had any."""
-    return dict(session.execute(select(Account.org, Account.balance_nano_usd)).tuples().all())
+    rows = session.execute(select(Account.org, Account.balance_nano_usd))
+    return {row.org: row.balance_nano_usd for row in rows}
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,8 @@ def load_all(session: Session) -> list[Loaded]:
     revisions: dict[str, list[Revision]] = {}
     for revision in session.scalars(select(Revision).order_by(Revision.name)):
         revisions.setdefault(revision.model, []).append(revision)
-    routes = dict(
-        session.execute(select(PublishedEntry.name, PublishedEntry.payload).where(PublishedEntry.kind == Kind.ROUTE))
-        .tuples()
-        .all()
-    )
+    published = select(PublishedEntry.name, PublishedEntry.payload).where(PublishedEntry.kind == Kind.ROUTE)
+    routes = {route.name: route.payload for route in session.execute(published)}
     rows = session.scalars(select(Deployment).order_by(Deployment.model))
     return [_loaded(row, revisions.get(row.model, []), routes.get(row.model)) for row in rows]
 

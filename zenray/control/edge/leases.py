@@ -111,13 +111,13 @@ def held_nano_usd(session: Session, org: str) -> int:
 
 def list_gateways(session: Session) -> list[tuple[Gateway, int]]:
     """Every gateway that was ever heard of, with what it holds in all (nano-USD)."""
-    held = dict(
-        session.execute(select(LeaseHold.gateway_id, func.sum(LeaseHold.held_nano_usd)).group_by(LeaseHold.gateway_id))
-        .tuples()
-        .all()
-    )
+    total = func.sum(LeaseHold.held_nano_usd)
+    held = {
+        name: int(amount)
+        for name, amount in session.execute(select(LeaseHold.gateway_id, total).group_by(LeaseHold.gateway_id))
+    }
     rows = session.scalars(select(Gateway).order_by(Gateway.gateway_id))
-    return [(row, int(held.get(row.gateway_id, 0))) for row in rows]
+    return [(row, held.get(row.gateway_id, 0)) for row in rows]
 
 
 def _admit_boot(session: Session, gateway: Gateway, boot_id: str, *, now: float) -> None:
