@@ -18,7 +18,10 @@ SendBatch = Callable[[UsageBatch], Awaitable[UsageAck]]
 
 
 class Shipper:
-    """Ships a meter's events until cancelled. `send` may fail as often as it likes: nothing is dropped."""
+    """Ships a meter's events until cancelled. `send` may fail as often as it likes: nothing is dropped.
+
+    Batches halve when they fail and double again when they pass, so that a slow control is asked for less.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Shipper:
         self._meter = meter
         self._send = send
         self._interval_s = interval_s
+        self._max_batch_events = batch_events
         self._batch_events = batch_events
         self._sleep = sleep
         self._max_backoff_s = max_backoff_s
@@ -64,6 +68,8 @@ class Shipper:
     async def ship_once(self) -> int:
         """Send the oldest batch once; the number of events that control acknowledged. Errors are the sender's own."""
         async with self._one_at_a_time:
+            if self._meter.unshipped_events == 0:
+                return 0
             # In a thread: after a restart this reads a segment from the disk.
             events = await asyncio.to_thread(self._meter.pending, self._batch_events)
             if not events:
@@ -73,9 +79,11 @@ class Shipper:
             if ack.received != len(events):
                 raise UpstreamFailed(f"Control acknowledged {ack.received} of {len(events)} usage events.")
             self._meter.acknowledge(event.billing_key for event in events)
+            self._batch_events = min(self._max_batch_events, 2 * self._batch_events)
             return len(events)
 
     def _note(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         self.last_error = str(error)
+        self._batch_events = max(1, self._batch_events // 2)
         log.warning("usage could not be shipped (attempt %d): %s", state.attempt_number, error)
