@@ -10,6 +10,7 @@ import pytest
 import zenray
 from tests.house.test_shape import ROOT, relative, tracked
 from zenray.spec.documents import load_document
+from zenray.spec.jobs import SCHEMAS, JobKind
 from zenray.spec.platform import Platform
 
 MARKDOWN = tracked("*.md")
@@ -64,9 +65,10 @@ def test_cluster_files_load(path: Path):
     assert platform.name == path.stem, "a cluster file is named like the cluster"
 
 
-def test_job_files_wait_for_their_schema():
-    """Whoever adds jobs/ adds its schema to zenray/spec and loads every file with it here."""
-    assert not tracked("jobs/*.yaml"), "load jobs/*.yaml through their schema in this test"
+@pytest.mark.parametrize("path", tracked("jobs/*.yaml"), ids=relative)
+def test_job_files_load(path: Path):
+    kind = load_document(path, JobKind).kind
+    assert load_document(path, SCHEMAS[kind]).name == path.stem, "a job file is named like the job"
 
 
 @pytest.mark.parametrize("page", tracked("docs/decisions/[0-9]*.md"), ids=relative)

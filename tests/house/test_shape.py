@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE_LINES = 600
 FUNCTION_LINES = 60
 FORBIDDEN = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
-TRIVIAL_LINES = 20
+TRIVIAL_LINES = 24
 LAYERS = ("contract", "parity", "e2e")
 
 MODULES = sorted((ROOT / "zenray").rglob("*.py"))
@@ -40,6 +40,19 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
+def own_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function without its docstring, and without the functions in it: those count for themselves."""
+    lines = {number for part in ast.walk(node) for number in _span(part)} | set(_span(node))
+    inner = [one for one in functions(node) if one is not node]
+    for one in [*inner, *(node.body[:1] if ast.get_docstring(node) else [])]:
+        lines -= set(_span(one))
+    return len(lines)
+
+
+def _span(node: ast.AST) -> range:
+    return range(getattr(node, "lineno", 0), getattr(node, "end_lineno", -1) + 1)
+
+
 def test_no_file_is_longer_than_the_cap():
     long = {relative(path): n for path in MODULES if (n := path.read_text().count("\n")) > FILE_LINES}
     assert not long, f"over {FILE_LINES} lines; split by noun: {long}"
@@ -50,7 +63,7 @@ def test_no_function_is_longer_than_the_cap():
         f"{relative(path)}:{node.lineno} {node.name}": lines
         for path, tree in TREES.items()
         for node in functions(tree)
-        if (lines := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES
+        if (lines := own_lines(node)) > FUNCTION_LINES
     }
     assert not long, f"over {FUNCTION_LINES} lines: {long}"
 
@@ -71,19 +84,21 @@ def test_every_module_says_its_purpose_in_one_line():
 
 
 def test_public_functions_too_long_to_be_plain_have_a_contract():
-    """A public function or method of more than twenty lines says what it promises: shapes, units, errors.
+    """A public function or method of more than two dozen lines says what it promises: shapes, units, errors.
 
     Shorter ones may speak for themselves. A method that implements a seam has its contract in the package's base.py.
     """
     bad = []
     for path, tree in TREES.items():
+        if path.name == "__main__.py":
+            continue  # what `main` does is the module's purpose
         base = TREES.get(path.parent / "base.py")
         promised = {node.name for node in functions(base) if ast.get_docstring(node)} if base else set()
         owners = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
         for node in [node for owner in owners for node in owner.body]:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
                 continue
-            lines = (node.end_lineno or 0) - node.lineno + 1
+            lines = own_lines(node)
             if lines > TRIVIAL_LINES and node.name not in promised and not ast.get_docstring(node):
                 bad.append(f"{relative(path)}:{node.lineno} {node.name} ({lines} lines)")
     assert not bad, "write what it promises:\n" + "\n".join(bad)
@@ -113,7 +128,7 @@ def test_each_layers_files_carry_its_marker(layer: str):
 
 def test_every_folder_of_tests_is_a_package():
     """Without `__init__.py` two test files of one name in two folders cannot be collected together."""
-    folders = {path.parent for path in tracked("tests/*.py")}
+    folders = {path.parent for path in tracked("tests/*.py") if path.name.startswith("test_")}
     assert not [relative(folder) for folder in folders if not (folder / "__init__.py").exists()]
 
 
