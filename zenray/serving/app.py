@@ -7,7 +7,6 @@ from typing import Any
 from ray import serve
 
 from zenray.serving.autoscaling import autoscaling_options
-from zenray.serving.engine.vllm import bundle
 from zenray.serving.replica import Replica
 from zenray.spec.serving import ReplicaLaunch
 
@@ -28,8 +27,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 def deployment_options(launch: ReplicaLaunch) -> dict[str, Any]:
     """Ray Serve's options for the deployment, named after the model."""
     spec = launch.deployment
-    resources = bundle(spec.cpus_per_replica, spec.gpus_per_replica)
-    options: dict[str, Any] = {
+    return {
         "name": spec.model,
         "autoscaling_config": autoscaling_options(spec.autoscaling),
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
@@ -39,12 +37,7 @@ def deployment_options(launch: ReplicaLaunch) -> dict[str, Any]:
         "health_check_timeout_s": 30.0,
         "max_constructor_retry_count": 2,
         "ray_actor_options": {
-            "num_cpus": resources["CPU"],
+            "num_cpus": spec.cpus_per_replica,
             "num_gpus": spec.gpus_per_replica,
         },
     }
-    if spec.engine.kind == "vllm":
-        # Ray's LLMServer looks for the placement group of its replica, and would otherwise reserve a second one.
-        options["placement_group_bundles"] = [resources]
-        options["placement_group_strategy"] = "STRICT_PACK"
-    return options

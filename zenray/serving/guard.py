@@ -21,10 +21,8 @@ FREE_ROUTES = frozenset({"/health"})
 ALLOWED_ROUTES = frozenset(
     {
         "/health",
-        "/load",
         "/metrics",
         "/tokenize",
-        "/version",
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/models",

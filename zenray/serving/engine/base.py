@@ -12,10 +12,9 @@ from zenray.spec.deployments import EngineSettings
 
 @dataclass(frozen=True)
 class EngineLaunch:
-    """What an engine needs to start: verified weights on local disk, and what it may use of the machine."""
+    """What an engine is to run, and what it may use of the machine."""
 
     model: str  # the name it answers to
-    folder: Path
     settings: EngineSettings
     cpus: float
     gpus: float
@@ -26,8 +25,14 @@ class Engine(Protocol):
 
     routes: frozenset[str]
 
-    async def start(self) -> AsgiApp:
-        """Load the model and give the application that answers for it. Raises with a message for the deployer."""
+    def prepare(self) -> None:
+        """What can be done before the weights are here. Blocks; called once, in a thread, before `start`."""
+
+    async def start(self, folder: Path) -> AsgiApp:
+        """Load the model from `folder`, whose files are verified, and give the application that answers for it.
+
+        Raises with a message for the person who deploys.
+        """
 
     async def check_health(self) -> None:
         """Raises when the engine cannot answer any more: Ray Serve then replaces the replica. Quick."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from zenray.serving.engine.base import EngineLaunch
 from zenray.serving.engine.script import Script, read_script
@@ -18,9 +19,12 @@ class ScriptedReplicaEngine:
     def __init__(self, launch: EngineLaunch) -> None:
         self._launch = launch
 
-    async def start(self) -> AsgiApp:
+    def prepare(self) -> None:
+        """See Engine: nothing to do."""
+
+    async def start(self, folder: Path) -> AsgiApp:
         """See Engine. Takes `start_s` of the script, or fails with its `start_error`."""
-        file = read_script(self._launch.folder)
+        file = read_script(folder)
         await asyncio.sleep(file.start_s)
         if file.start_error is not None:
             raise RuntimeError(file.start_error)

@@ -1,86 +1,131 @@
-"""vLLM as the engine of a replica, through Ray's public `LLMServer`: the same on a CPU and on GPUs."""
+"""vLLM as the engine of a replica: its asynchronous engine and its own HTTP application, in the replica's process.
+
+Why not Ray's `LLMServer` around it: that starts a task to "download" weights which lie here already, and that imports
+vLLM once more (27 s of a cold start on two cores), and it puts a loader of adapters in front of every request.
+"""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import math
+import multiprocessing
 import os
+import types
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 from zenray.serving.engine.base import EngineLaunch
 from zenray.serving.guard import ALLOWED_ROUTES, AsgiApp
 
+# The fork server imports these while the replica does the same; the engine's processes are then forked from it.
+_PRELOADED = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
+
 
 class VllmEngine:
-    """An Engine. vLLM runs its model in a child process of the replica; its HTTP side runs in the replica itself."""
+    """An Engine. The model runs in child processes; HTTP, templates and tokenizer run in the replica itself."""
 
     routes = ALLOWED_ROUTES
 
     def __init__(self, launch: EngineLaunch) -> None:
         self._launch = launch
-        self._server: Any = None
+        self._client: Any = None
 
-    async def start(self) -> AsgiApp:
-        """See Engine. Sets this process's environment first: vLLM reads it when it is imported."""
-        os.environ.update(environment(self._launch))
-        from ray.serve.llm import LLMConfig
-        from ray.serve.llm.deployment import LLMServer
+    def prepare(self) -> None:
+        """See Engine. The environment comes first: vLLM and OpenMP read it as they are imported."""
+        os.environ.update(environment(self._launch.cpus, self._launch.gpus))
+        multiprocessing.set_forkserver_preload(list(_PRELOADED))
+        forkserver.ensure_running()
+        import vllm.entrypoints.launchers.app
+        import vllm.v1.engine.async_llm  # noqa: F401
 
-        config = LLMConfig(
-            model_loading_config={"model_id": self._launch.model, "model_source": str(self._launch.folder)},
-            accelerator_type=None,
-            placement_group_config={"bundles": [bundle(self._launch.cpus, self._launch.gpus)]},
-            engine_kwargs=engine_arguments(self._launch),
-            log_engine_metrics=False,  # vLLM's own /metrics then has them
-        )
-        self._server = LLMServer.sync_init(config)
-        await self._server.start()
-        # The engine's own application: LLMServer would add a loader of adapters from any cloud path.
-        app: AsgiApp = await self._server.engine.build_asgi_app()
-        return app
+    async def start(self, folder: Path) -> AsgiApp:
+        """See Engine."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import FrontendArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine_args = AsyncEngineArgs(**engine_arguments(self._launch, folder))
+        frontend_args = FrontendArgs(enable_prompt_tokens_details=True, disable_fastapi_docs=True)
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        with _forked_by_the_fork_server():
+            self._client = AsyncLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
+        # vLLM's own command line makes one namespace of both, too.
+        args = argparse.Namespace(**(vars(frontend_args) | vars(engine_args)))
+        tasks = await self._client.get_supported_tasks()
+        app = build_app(args, tasks, config.model_config)
+        await init_app_state(self._client, app.state, args, tasks)
+        # After an engine's death vLLM tells its own server to exit; here Ray Serve replaces the replica instead.
+        app.state.server = types.SimpleNamespace()
+        built: AsgiApp = app
+        return built
 
     async def check_health(self) -> None:
         """See Engine."""
-        await self._server.check_health()
+        if self._client is not None:
+            await self._client.check_health()
 
     async def stop(self) -> None:
         """See Engine."""
-        server, self._server = self._server, None
-        if server is not None and server.engine is not None:
-            await server.engine.shutdown()
+        client, self._client = self._client, None
+        if client is not None:
+            await asyncio.to_thread(client.shutdown)
 
 
-def bundle(cpus: float, gpus: float) -> dict[str, float]:
-    """The Ray resources of one replica."""
-    return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+class _forked_by_the_fork_server:
+    """While it is entered, vLLM starts processes through our fork server.
+
+    Inside a Ray actor vLLM insists on `spawn`, because a fork would copy the actor's threads. Our fork server is a
+    process of its own, begun by exec, and has none of them. With `spawn` each of the engine's two processes imports
+    all of vLLM again, one after the other.
+    """
+
+    def __enter__(self) -> None:
+        from vllm.utils import system_utils
+
+        self._original = system_utils.is_in_ray_actor
+        system_utils.is_in_ray_actor = lambda: False
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "forkserver"
+
+    def __exit__(self, *_: object) -> None:
+        from vllm.utils import system_utils
+
+        system_utils.is_in_ray_actor = self._original
 
 
-def engine_arguments(launch: EngineLaunch) -> dict[str, Any]:
-    """vLLM's engine and front-end arguments."""
+def engine_arguments(launch: EngineLaunch, folder: Path) -> dict[str, Any]:
+    """vLLM's engine arguments."""
     settings = launch.settings
     arguments: dict[str, Any] = {
+        "model": str(folder),
+        "served_model_name": [launch.model],
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "enforce_eager": settings.enforce_eager,
         "enable_prefix_caching": settings.prefix_caching,
-        "enable_prompt_tokens_details": True,
         "disable_log_stats": False,
     }
     if launch.gpus:
-        arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
-    else:
-        arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
-    return arguments
+        return arguments | {"gpu_memory_utilization": settings.gpu_memory_utilization}
+    return arguments | {"kv_cache_memory_bytes": settings.kv_cache_bytes}
 
 
-def environment(launch: EngineLaunch) -> dict[str, str]:
-    """The environment variables that steer vLLM and OpenMP in the replica and its engine process."""
-    threads = max(1, math.floor(launch.cpus))
+def environment(cpus: float, gpus: float) -> dict[str, str]:
+    """The environment variables that steer vLLM and OpenMP in the replica and its engine's processes."""
     fixed = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if launch.gpus:
+    if gpus:
         return fixed
     return fixed | {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(max(1, math.floor(cpus))),
         # Replicas share the cores of a machine: binding each to fixed cores would put all of them on the first ones.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }

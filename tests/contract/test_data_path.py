@@ -1,0 +1,194 @@
+"""The data path of DESIGN decision 4, on a real Ray: what a new Ray version could break unseen.
+
+A Serve application by REST; each replica's own port in `target_groups`; everything on loopback; requests straight to a
+replica autoscale it; the proxy's port wakes it from zero; a replica that leaves finishes what it began.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import psutil
+import pytest
+
+from tests.cluster.backend_contract import ClusterBackendContract, Harness
+from tests.cluster.ray_session import ANY_PORTS, RaySession
+from tests.cluster.scripted_apps import AUTHORIZED
+from zenray.spec.deployments import Autoscaling
+from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeApplication
+
+pytestmark = pytest.mark.contract
+
+USAGE = {"include_usage": True, "continuous_usage_stats": True}
+
+
+def chat(words: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"[[{words}]]"}], "stream": True, "stream_options": USAGE} | fields
+
+
+@pytest.fixture(scope="module")
+def harness(ray_session: RaySession) -> Harness:
+    return Harness(ray_session.cluster, ray_session.publisher, pause=time.sleep)
+
+
+class TestRayKeepsTheContract(ClusterBackendContract):
+    """Ray Serve is started by the first application, so this class stands first."""
+
+
+@pytest.fixture(scope="module")
+def app(harness: Harness) -> ServeApplication:
+    scaling = Autoscaling(
+        min_replicas=0, max_replicas=3, target_ongoing_requests=2, upscale_delay_s=0.5, downscale_delay_s=3
+    )
+    app = harness.publisher.application("path", autoscaling=scaling)
+    harness.cluster.apply([app])
+    return app
+
+
+class TestOneReplica:
+    @pytest.fixture
+    def running(self, harness: Harness, app: ServeApplication) -> ApplicationStatus:
+        """With at least one replica, woken through the proxy if need be."""
+        status = harness.application(app.name, lambda a: a.state is ApplicationState.RUNNING)
+        if not status.replica_urls:
+            httpx.get(f"{harness.cluster.serve_status().proxy_url}{app.route_prefix}/health", timeout=20)
+        return harness.application(app.name, lambda a: bool(a.replica_urls))
+
+    @pytest.fixture
+    def replica(self, running: ApplicationStatus) -> Iterator[httpx.Client]:
+        url = next(iter(running.replica_urls.values()))
+        with httpx.Client(base_url=url, headers=AUTHORIZED, timeout=30) as client:
+            yield client
+
+    def test_a_version_that_may_sleep_proves_itself_first(self, running: ApplicationStatus) -> None:
+        (url,) = running.replica_urls.values()
+        assert httpx.URL(url).port in range(ANY_PORTS.first_replica_port, ANY_PORTS.first_replica_port + 1000)
+
+    def test_chunks_arrive_when_they_are_made(self, replica: httpx.Client) -> None:
+        arrivals: list[float] = []
+        with replica.stream("POST", "/v1/chat/completions", json=chat("tokens=5 delay_ms=60")) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    arrivals.append(time.monotonic())
+                    last = orjson.loads(line.removeprefix("data: "))
+        assert last["usage"]["completion_tokens"] == 5
+        assert arrivals[-1] - arrivals[0] > 0.2, "chunks were held back and sent together"
+
+    def test_a_replica_asks_for_its_key_and_shows_few_routes(self, replica: httpx.Client) -> None:
+        assert replica.get("/v1/models").json()["data"][0]["id"] == "path"
+        for path in ("/v1/models", "/metrics", "/scripted/emitted"):
+            assert replica.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
+        assert replica.get("/v1/load_lora_adapter").status_code == 404
+        assert replica.get("/health", headers={"authorization": ""}).status_code == 200
+
+    def test_a_client_that_leaves_stops_the_engine(self, replica: httpx.Client) -> None:
+        with replica.stream("POST", "/v1/chat/completions", json=chat("tokens=500 delay_ms=20")) as answer:
+            first = orjson.loads(next(answer.iter_lines()).removeprefix("data: "))
+        time.sleep(0.3)
+        (request,) = replica.get("/scripted/emitted", params={"id": first["id"]}).json()["requests"]
+        assert request["state"] == "cut"
+        assert request["completion_tokens"] < 100
+
+    def test_nothing_listens_beyond_loopback(self, ray_session: RaySession, running: ApplicationStatus) -> None:
+        listening = [
+            (process.name(), connection.laddr)
+            for process in ray_session.record().processes()
+            for connection in process.net_connections(kind="inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(listening) > 5
+        beyond = [found for found in listening if found[1].ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
+        assert beyond == []
+
+    def test_rays_dashboard_asks_for_its_token(self, ray_session: RaySession) -> None:
+        url = f"{ray_session.addresses.dashboard_url}/api/serve/applications/"
+        assert httpx.get(url).status_code == 401
+
+    def test_requests_straight_to_a_replica_scale_it_up_and_down_without_flapping(
+        self, harness: Harness, app: ServeApplication, replica: httpx.Client
+    ) -> None:
+        """Up while there is load, then only ever down, to zero; then the proxy's port wakes it."""
+
+        def ask(_: int) -> int:
+            return replica.post("/v1/chat/completions", json=chat("tokens=90 delay_ms=100")).status_code
+
+        counts: list[int] = []
+        with ThreadPoolExecutor(6) as pool:
+            answers = pool.map(ask, range(6))
+            harness.application(app.name, lambda a: len(a.replica_urls) == 3)
+            assert list(answers) == [200] * 6, "a replica was lost while it answered"
+        ended_at = time.monotonic()
+        while not counts or counts[-1] > 0:
+            status = harness.cluster.serve_status().applications[app.name]
+            counts.append(len(status.replica_urls) + status.starting_replicas)
+            assert time.monotonic() - ended_at < 30, counts
+            time.sleep(0.1)
+        assert counts == sorted(counts, reverse=True), "replicas were started after the load had ended"
+        settled_until = time.monotonic() + 3
+        while time.monotonic() < settled_until:
+            assert harness.cluster.serve_status().applications[app.name].starting_replicas == 0
+            time.sleep(0.2)
+
+        begun_at = time.monotonic()
+        proxy_url = harness.cluster.serve_status().proxy_url
+        answer = httpx.post(
+            f"{proxy_url}{app.route_prefix}/v1/completions", json={"prompt": "x"}, headers=AUTHORIZED, timeout=30
+        )
+        assert answer.json()["usage"]["completion_tokens"] == 16
+        assert time.monotonic() - begun_at < 15
+        harness.application(app.name, lambda a: len(a.replica_urls) == 1)
+
+    def test_a_killed_replica_is_replaced(
+        self, harness: Harness, app: ServeApplication, running: ApplicationStatus, ray_session: RaySession
+    ) -> None:
+        ((replica_id, url),) = running.replica_urls.items()
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{url}/v1/chat/completions", json=chat("tokens=2 fail_after=1 fail=die"), headers=AUTHORIZED)
+        begun_at = time.monotonic()
+        harness.application(app.name, lambda a: replica_id not in a.replica_urls)
+        print(f"a dead replica left the targets after {time.monotonic() - begun_at:.1f} s")
+        assert time.monotonic() - begun_at < 10
+
+
+class TestTheEndOfAnApplication:
+    def test_a_corrupt_file_fails_the_deployment_by_name(self, harness: Harness) -> None:
+        app = harness.publisher.application("corrupt", tokens=3)
+        stored = Path(harness.publisher.root) / "store" / "zen" / "corrupt" / "v1" / "safetensors" / "script.json"
+        stored.chmod(0o600)
+        stored.write_bytes(b'{"tokens":4}')
+        harness.cluster.apply([app])
+        failed = harness.application(app.name, lambda a: a.state is ApplicationState.DEPLOY_FAILED)
+        assert "script.json" in failed.message
+        assert "CorruptData" in failed.message
+
+    def test_a_replica_that_leaves_finishes_its_streams(self, harness: Harness) -> None:
+        app = harness.publisher.application("leaving", tokens=60, delay_ms=50, drain_s=20)
+        harness.cluster.apply([app])
+        (url,) = harness.application(app.name, lambda a: bool(a.replica_urls)).replica_urls.values()
+        begun = threading.Event()
+
+        def ask() -> str:
+            with httpx.stream(
+                "POST", f"{url}/v1/chat/completions", json=chat("tokens=60"), headers=AUTHORIZED
+            ) as answer:
+                lines = answer.iter_lines()
+                first = next(lines)
+                begun.set()
+                return first + "".join(lines)
+
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask)
+            assert begun.wait(5)
+            harness.cluster.apply([])
+            assert asked.result(timeout=15).endswith("data: [DONE]")
+        harness.until(lambda status: not status.applications)
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", httpx.URL(url).port or 0)) != 0
