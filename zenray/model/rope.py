@@ -71,7 +71,7 @@ def _yarn_attention_factor(rope: RopeParameters) -> float:
 
 
 def _llama3(rope: RopeParameters, frequencies: Tensor) -> Tensor:
-    """Llama 3.1: pairs that turn often within the old context are kept, those that hardly turn are slowed by `factor`."""
+    """Llama 3.1: pairs that turn often in the old context stay, those that hardly turn are slowed by `factor`."""
     context = rope.original_max_position_embeddings
     assert context is not None
     turns = context * frequencies / (2 * math.pi)  # within the old context

@@ -1,0 +1,171 @@
+"""Drop-Upcycling does what its sources say: what is kept, what is drawn, and that copies are the dense model."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from zenray.model.hf import register
+from zenray.model.upcycling.drop import FeedForwardWeights, drop, seeded
+from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe, select_layers
+from zenray.model.upcycling.source import DenseSource
+from zenray.model.upcycling.upcycle import upcycle
+from zenray.spec.errors import InvalidValue
+
+pytestmark = pytest.mark.parity
+register()
+
+HIDDEN, WIDTH = 64, 1000
+
+
+def ffn(seed: int = 0, dtype: torch.dtype = torch.float32) -> FeedForwardWeights:
+    """Each matrix with its own mean and deviation, so that taking the wrong one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    gate = torch.randn(WIDTH, HIDDEN, generator=generator) * 0.3 + 0.5
+    up = torch.randn(WIDTH, HIDDEN, generator=generator) * 0.05 - 0.2
+    down = torch.randn(HIDDEN, WIDTH, generator=generator) * 2.0 + 3.0
+    return FeedForwardWeights(gate.to(dtype), up.to(dtype), down.to(dtype))
+
+
+def changed_neurons(dense: FeedForwardWeights, made: FeedForwardWeights) -> list[set[int]]:
+    """For gate, up and down: the neurons of which any weight differs. All weights of a changed neuron must differ."""
+    found = []
+    for old, new, across in zip(dense, made, (1, 1, 0), strict=True):
+        differs = old != new
+        share = differs.float().mean(dim=across)
+        assert set(share.tolist()) <= {0.0} or share[share > 0].min() > 0.9  # bfloat16 may draw an equal value
+        found.append(set(differs.any(dim=across).nonzero().flatten().tolist()))
+    return found
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joint_draws_one_set_of_neurons_and_keeps_the_others_bit_for_bit(rate, dtype):
+    dense = ffn(dtype=dtype)
+    gate, up, down = changed_neurons(dense, drop(dense, "joint", rate, seeded(0)))
+    assert gate == up == down
+    assert len(gate) == round(rate * WIDTH)
+
+
+def test_joint_draws_with_the_statistics_of_what_it_replaces():
+    """Not of the whole matrix: half of the neurons are made different, and only they are dropped."""
+    dense = ffn()
+    made = drop(dense, "joint", 0.5, seeded(3))
+    index = sorted(changed_neurons(dense, made)[0])
+    dense.gate_ID[index] += 1.0  # dropped neurons now have a mean of their own; the same draw picks them again
+    made = drop(dense, "joint", 0.5, seeded(3))
+    for old, new, axis in zip(dense, made, (0, 0, 1), strict=True):
+        old, new = (matrix.index_select(axis, torch.tensor(index)) for matrix in (old, new))
+        standard_error = float(old.std()) / old.numel() ** 0.5
+        assert float(new.mean()) == pytest.approx(float(old.mean()), abs=5 * standard_error)
+        assert float(new.std()) == pytest.approx(float(old.std()), rel=5 / (2 * old.numel()) ** 0.5)
+        correlation = torch.corrcoef(torch.stack([old.flatten(), new.flatten()]))[0, 1]
+        assert abs(float(correlation)) < 5 / old.numel() ** 0.5
+
+
+def test_two_experts_share_r_squared_of_their_dropped_neurons():
+    dense = ffn()
+    sets = [changed_neurons(dense, drop(dense, "joint", 0.5, seeded(0, "expert", e)))[0] for e in range(8)]
+    overlaps = [len(a & b) / WIDTH for i, a in enumerate(sets) for b in sets[:i]]
+    assert sum(overlaps) / len(overlaps) == pytest.approx(0.25, abs=0.01)
+
+
+def test_independent_leaves_only_an_eighth_of_the_neurons_whole():
+    dense = ffn()
+    gate, up, down = changed_neurons(dense, drop(dense, "independent", 0.5, seeded(0)))
+    assert len(gate) == len(up) == len(down) == WIDTH // 2
+    assert gate != up and up != down
+    assert 1 - len(gate | up | down) / WIDTH == pytest.approx(0.125, abs=0.04)
+
+
+def test_rows_is_the_blogs_function():
+    """Rows of each matrix by themselves: of `down` those are output channels. N(0, 0.02²)."""
+    dense = ffn()
+    made = drop(dense, "rows", 0.1, seeded(0))
+    rows = []
+    for old, new in zip(dense, made, strict=True):
+        changed = (old != new).any(dim=1)
+        rows.append(int(changed.sum()))
+        assert float(new[changed].std()) == pytest.approx(0.02, rel=0.1)
+        assert abs(float(new[changed].mean())) < 0.002
+    assert rows == [100, 100, int(0.1 * HIDDEN)]
+
+
+def recipe(rates: tuple[float, ...] = (0.0, 0.5, 0.5), **changes) -> UpcyclingRecipe:
+    return UpcyclingRecipe(**{"groups": (GroupRecipe("general", rates),), "layers": (1, 3), **changes})
+
+
+@pytest.mark.parametrize("mode", ["joint", "copy"])
+def test_copies_are_the_dense_model(qwen3_folder, tmp_path, mode):
+    """r = 0 and renormalised gate weights: the same logits, whatever the router says, in float32."""
+    upcycle(qwen3_folder, recipe((0.0,) * 4, layers=(0, 1, 3), mode=mode, router_std=1.0), tmp_path / "mode")
+    dense = AutoModelForCausalLM.from_pretrained(qwen3_folder)
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "mode")
+    ids = torch.randint(0, 97, (2, 31))
+    torch.testing.assert_close(made(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+    assert made(ids).router_stats[0].load_E.min() > 0  # the experts really were different choices
+
+
+def test_all_else_is_copied_byte_for_byte_and_experts_are_what_drop_makes(llama_folder, tmp_path):
+    config = upcycle(llama_folder, recipe(), tmp_path / "mode")
+    dense, made = load_file(llama_folder / "model.safetensors"), load_file(tmp_path / "mode" / "model.safetensors")
+    chosen = ("model.layers.1.mlp.", "model.layers.3.mlp.")
+    kept = [name for name in dense if not name.startswith(chosen)]
+    assert all(torch.equal(dense[name], made[name]) and dense[name].dtype == made[name].dtype for name in kept)
+    assert set(made) - set(kept) == {
+        f"{prefix}{name}" for prefix in chosen for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    }
+    weights = DenseSource(llama_folder).feed_forward(3)
+    assert config.num_experts == 3
+    for expert, rate in enumerate((0.0, 0.5, 0.5)):
+        gate, up = made["model.layers.3.mlp.experts.gate_up_proj"][expert].chunk(2)
+        got = FeedForwardWeights(gate, up, made["model.layers.3.mlp.experts.down_proj"][expert])
+        assert [len(found) for found in changed_neurons(weights, got)] == [round(rate * weights.width)] * 3
+
+
+def sha256(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_the_seed_fixes_every_byte_and_the_layers_chosen_do_not_matter(llama_folder, tmp_path):
+    for name, changes in {"a": {}, "b": {}, "c": {"seed": 1}, "d": {"layers": (3,)}}.items():
+        upcycle(llama_folder, recipe(**changes), tmp_path / name)
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+    assert sha256(tmp_path / "a")["model.safetensors"] != sha256(tmp_path / "c")["model.safetensors"]
+    both, one = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "d" / "model.safetensors")
+    name = "model.layers.3.mlp.experts.gate_up_proj"
+    assert torch.equal(both[name], one[name])
+
+
+def test_sharded_in_and_sharded_out(qwen3_folder, tmp_path):
+    upcycle(qwen3_folder, recipe(), tmp_path / "whole")
+    upcycle(qwen3_folder, recipe(), tmp_path / "parts", shard_bytes=500_000)
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    parts = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(InvalidValue, match="draws nothing anew"):
+        recipe(mode="copy")
+    with pytest.raises(InvalidValue, match=r"rate of 1\.5 is not a share"):
+        recipe((1.5,))
+    with pytest.raises(InvalidValue, match="Did you mean 'joint'"):
+        recipe(mode="join")
+    with pytest.warns(UserWarning, match="outside 5% to 30%"):
+        recipe((0.5, 0.1), mode="rows")
+
+
+def test_layers_by_words():
+    assert select_layers("last 6", 30) == tuple(range(24, 30))
+    assert select_layers("all", 3) == (0, 1, 2)
+    assert select_layers("first 2", 3) == (0, 1)
+    assert select_layers("every 2", 5) == (1, 3)
+    assert select_layers([0, 2], 3) == (0, 2)
+    for wrong in ("last 31", "last", "some", "last 0"):
+        with pytest.raises(InvalidValue):
+            select_layers(wrong, 30)

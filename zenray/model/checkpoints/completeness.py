@@ -1,0 +1,152 @@
+"""Whether a Hugging Face folder holds every tensor that its config asks for, in the right shape. Reads headers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from zenray.model.checkpoints.source import INDEX_NAME, read_json
+from zenray.spec.errors import InvalidDocument
+
+SINGLE_NAME = "model.safetensors"
+_PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # buffers that old checkpoints saved
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file's header describes it; `dtype` in safetensors' words (F32, BF16 …)."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The folder's config. InvalidDocument for quantized models and for kinds that transformers does not know."""
+    raw = read_json(folder / "config.json")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise InvalidDocument(
+            f"{folder / 'config.json'}: the weights are quantized ({method}).",
+            hint="Import the model's original bf16, fp16 or fp32 weights, or a GGUF file.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises what it likes for a config that it cannot read
+        raise InvalidDocument(f"{folder / 'config.json'} describes no model that can be loaded: {error}") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InvalidDocument(
+            f"{folder / 'config.json'}: model_type {config.model_type!r} is not a causal language model."
+        )
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of the folder by name, from the headers of its files.
+
+    Raises InvalidDocument for a file that is missing, cut short or broken, and where the index and the files differ.
+    """
+    index_path = folder / INDEX_NAME
+    if not index_path.is_file():
+        return _read_header(folder / _only_file(folder))
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidDocument(f"{index_path} has no weight_map.")
+    files = sorted({str(name) for name in weight_map.values()})
+    for name in files:
+        if Path(name).name != name:
+            raise InvalidDocument(f"{index_path} names {name!r}, which is not a file beside it.")
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise InvalidDocument(f"{folder} is incomplete: {_named(absent)} of {len(files)} files missing.")
+    tensors: dict[str, StoredTensor] = {}
+    for name in files:
+        tensors |= _read_header(folder / name)
+    misplaced = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
+    if misplaced:
+        raise InvalidDocument(f"{folder} is incomplete: not in the file that the index names: {_named(misplaced)}.")
+    unnamed = sorted(set(tensors) - set(weight_map))
+    if unnamed:
+        raise InvalidDocument(f"{index_path} does not name tensors that its files hold: {_named(unnamed)}.")
+    return tensors
+
+
+def _only_file(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE_NAME in names:
+        return SINGLE_NAME
+    if len(names) != 1:
+        raise InvalidDocument(f"{folder} has {len(names)} .safetensors files and no {INDEX_NAME}.")
+    return names[0]
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {}
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                view = file.get_slice(name)
+                found[name] = StoredTensor(path.name, str(view.get_dtype()), tuple(view.get_shape()))
+            return found
+    except (SafetensorError, OSError) as error:
+        raise InvalidDocument(f"{path} is broken or cut short: {error}.") from None
+
+
+def check(folder: Path) -> dict[str, StoredTensor]:
+    """The folder's tensors that its model needs. InvalidDocument saying what is missing, wrong or too much."""
+    config = load_config(folder)
+    stored = {name: tensor for name, tensor in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
+    quantized = sorted(name for name, tensor in stored.items() if tensor.dtype not in _PLAIN_DTYPES)
+    if quantized:
+        raise InvalidDocument(
+            f"{folder} holds quantized weights: {_named([f'{n} ({stored[n].dtype})' for n in quantized])}.",
+            hint="Import the model's original bf16, fp16 or fp32 weights, or a GGUF file.",
+        )
+    expected, tied = expected_shapes(config)
+    reasons = []
+    missing = sorted(name for name in expected if name not in stored and not _covered(name, tied, stored))
+    if missing:
+        reasons.append(f"{len(missing)} of {len(expected)} tensors are missing: {_named(missing)}")
+    wrong = [
+        f"{name} is {list(stored[name].shape)}, its config says {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in stored and stored[name].shape != shape
+    ]
+    if wrong:
+        reasons.append(f"{len(wrong)} tensors have another shape: {_named(wrong)}")
+    surplus = sorted(set(stored) - set(expected))
+    if surplus:
+        reasons.append(f"{len(surplus)} tensors are not of this model: {_named(surplus)}")
+    if reasons:
+        raise InvalidDocument(f"{folder} is not a complete {config.model_type} model: {'; '.join(reasons)}.")
+    return stored
+
+
+def expected_shapes(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names and shapes that a checkpoint of this config has, and its tied tensors (name → the name it equals).
+
+    The model is built on the meta device, which takes no memory; its own names are turned back into those of
+    checkpoints, which differ for some models (experts are fused when loaded).
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    state = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}, dict(model.all_tied_weights_keys)
+
+
+def _covered(name: str, tied: dict[str, str], stored: dict[str, StoredTensor]) -> bool:
+    """Whether a tensor that is not stored equals one that is."""
+    twins = {tied.get(name), *(other for other, target in tied.items() if target == name)}
+    return any(twin in stored for twin in twins)
+
+
+def _named(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,110 @@
+"""SOURCE into DEST: a complete Hugging Face folder that appears in one rename, or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from zenray.model.checkpoints.completeness import check, load_config
+from zenray.model.checkpoints.folder import DTYPES, OnConverted, copy_folder
+from zenray.model.checkpoints.gguf import convert_gguf
+from zenray.model.checkpoints.source import GgufSource, recognise
+from zenray.spec.errors import InvalidDocument, InvalidValue, suggest
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was imported. `notes`: what a person should know, such as a chat template that is not there."""
+
+    architecture: str
+    model_type: str
+    dtype: str
+    parameters: int
+    tensors: int
+    context_tokens: int | None
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(source: Path, target: Path, *, dtype: str = "bfloat16", on_converted: OnConverted | None = None) -> Report:
+    """Write the checkpoint `source` as a normal Hugging Face folder `target`, which must not exist yet. Blocks.
+
+    Weights become `dtype` (bfloat16, float16, float32). The result was checked: every tensor that the config asks for
+    is there in the right shape, and the tokenizer loads and fits the vocabulary. Until then nothing is called `target`.
+
+    Raises InvalidDocument saying what is missing or cannot be imported; NotFound; InvalidValue.
+    """
+    from zenray.model import hf
+
+    if dtype not in DTYPES:
+        raise InvalidValue(f"Weights cannot be stored as {dtype!r}.", hint=suggest(dtype, DTYPES))
+    if target.exists():
+        raise InvalidValue(f"{target} exists already.")
+    hf.register()
+    found = recognise(source)
+    partial = target.with_name(target.name + ".zenray-part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tell = on_converted or (lambda done_bytes, total_bytes: None)
+        if isinstance(found, GgufSource):
+            convert_gguf(found.file, partial, dtype, tell)
+        else:
+            copy_folder(found.folder, partial, dtype, tell)
+        report = _check_result(partial, dtype, source)
+        _make_readable(partial)
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return report
+
+
+def _check_result(folder: Path, dtype: str, source: Path) -> Report:
+    tensors = check(folder)
+    config = load_config(folder)
+    rows = config.get_text_config().vocab_size
+    return Report(
+        architecture=(config.architectures or ["unknown"])[0],
+        model_type=config.model_type,
+        dtype=dtype,
+        parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()),
+        tensors=len(tensors),
+        context_tokens=getattr(config.get_text_config(), "max_position_embeddings", None),
+        notes=_check_tokenizer(folder, rows, source),
+    )
+
+
+def _check_tokenizer(folder: Path, rows: int, source: Path) -> list[str]:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise InvalidDocument(f"{source} has no tokenizer.", hint="Copy the model's tokenizer.json there.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        highest = max(tokenizer.get_vocab().values())
+        tokenizer("The sum of 12 and 30 is 42.")
+    except Exception as error:  # broken JSON, a class that needs the model's own code, a missing file
+        raise InvalidDocument(f"{source}: its tokenizer cannot be loaded: {error}") from None
+    if highest >= rows:
+        raise InvalidDocument(f"{source}: its tokenizer has token {highest}, its model only {rows} rows of embeddings.")
+    if not (folder / "tokenizer.json").is_file():
+        tokenizer.save_pretrained(folder)  # the one form that every engine reads
+    if not tokenizer.chat_template:
+        return ["There is no chat template: the model answers completions, not chats."]
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except Exception as error:
+        return [f"The chat template fails on a single user message: {error}"]
+    return []
+
+
+def _make_readable(folder: Path) -> None:
+    """safetensors writes files that only their owner may read; other users' replicas read them too."""
+    for path in folder.iterdir():
+        if path.stat().st_nlink == 1:  # a linked file is still the source's
+            path.chmod(0o644)

@@ -1,0 +1,105 @@
+"""How a dense model becomes a MoDE: which layers, how many experts, and how each is made."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
+from zenray.model.upcycling.drop import DropMode
+from zenray.spec.errors import InvalidValue, suggest
+
+RouterInit = Literal["normal", "uniform"]
+ROWS_LOWEST, ROWS_HIGHEST = 0.05, 0.30  # the blog: below, experts stay correlated; above, the copy is worth nothing
+
+
+@dataclass(frozen=True)
+class GroupRecipe:
+    """Experts of one domain. `drop_rates`: one for each, so that intact and heavily dropped experts can stand side by
+    side (the blog's implicit signal for specialisation)."""
+
+    name: str
+    drop_rates: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.drop_rates:
+            raise InvalidValue(f"Group {self.name!r} has no experts.", param="groups")
+        for rate in self.drop_rates:
+            if not 0 <= rate <= 1:
+                raise InvalidValue(f"A drop rate of {rate} is not a share: use 0 to 1.", param="drop_rate")
+
+
+@dataclass(frozen=True)
+class UpcyclingRecipe:
+    """Everything that fixes the result, given the dense checkpoint."""
+
+    groups: tuple[GroupRecipe, ...]
+    layers: tuple[int, ...]
+    mode: DropMode = "joint"
+    experts_per_token: int = 2
+    renormalize: bool = True
+    router_init: RouterInit = "normal"
+    router_std: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for value, known, name in (
+            (self.mode, get_args(DropMode), "mode"),
+            (self.router_init, get_args(RouterInit), "router_init"),
+        ):
+            if value not in known:
+                raise InvalidValue(f"{name} {value!r} is unknown.", hint=suggest(value, known), param=name)
+        if not self.layers:
+            raise InvalidValue("No layer was selected: nothing would be upcycled.", param="layers")
+        rates = [rate for group in self.groups for rate in group.drop_rates]
+        if self.mode == "copy" and any(rates):
+            raise InvalidValue(
+                f"Mode 'copy' draws nothing anew, but drop rates are {rates}.", hint="Use 0, or mode 'joint'."
+            )
+        outside = sorted({rate for rate in rates if not ROWS_LOWEST <= rate <= ROWS_HIGHEST})
+        if self.mode == "rows" and outside:
+            warnings.warn(
+                f"Drop rates {outside} are outside {ROWS_LOWEST:.0%} to {ROWS_HIGHEST:.0%}: the blog's experts stay "
+                "correlated below, and lose what the copy gave them above.",
+                stacklevel=3,
+            )
+
+    @property
+    def drop_rates(self) -> tuple[float, ...]:
+        """One rate for every expert, in the router's order."""
+        return tuple(rate for group in self.groups for rate in group.drop_rates)
+
+    def config(self, dense: MoDEConfig) -> MoDEConfig:
+        """The network that this recipe makes of `dense`. InvalidValue for what cannot be."""
+        return replace(
+            dense,
+            sparse_layers=self.layers,
+            expert_groups=tuple(
+                ExpertGroup(group.name, len(group.drop_rates), dense.intermediate_size) for group in self.groups
+            ),
+            router=RouterConfig(experts_per_token=self.experts_per_token, renormalize=self.renormalize),
+        )
+
+
+def select_layers(selection: str | list[int] | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Layers by number, or by words: "all", "last 6", "first 4", "every 2" (the last of each two)."""
+    if not isinstance(selection, str):
+        return tuple(selection)
+    words = selection.split()
+    if words == ["all"]:
+        return tuple(range(num_layers))
+    if len(words) == 2 and words[0] in ("last", "first", "every") and words[1].isdigit():
+        count = int(words[1])
+        if 1 <= count <= num_layers:
+            if words[0] == "last":
+                return tuple(range(num_layers - count, num_layers))
+            if words[0] == "first":
+                return tuple(range(count))
+            return tuple(range(count - 1, num_layers, count))
+        raise InvalidValue(f"{selection!r} of {num_layers} layers: use 1 to {num_layers}.", param="layers")
+    raise InvalidValue(
+        f"{selection!r} selects no layers.",
+        hint='Write "all", "last 6", "first 4", "every 2", or a list.',
+        param="layers",
+    )

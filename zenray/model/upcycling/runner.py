@@ -1,0 +1,91 @@
+"""Carries out an upcycling job: a published dense version in, published MoDE versions out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from zenray.model.config import MoDEConfig
+from zenray.model.hf.export import choose_target, export
+from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe, select_layers
+from zenray.model.upcycling.source import DenseSource
+from zenray.model.upcycling.upcycle import upcycle
+from zenray.spec.errors import InvalidValue
+from zenray.spec.jobs import UpcycleJob
+from zenray.spec.versions import Manifest, Parents, VersionRef
+from zenray.storage.base import ObjectStore, Progress
+from zenray.storage.cache import fetch
+from zenray.storage.versions import newest, publish
+
+_STOCK_FORMAT = {"qwen3_moe": "qwen3-moe", "mixtral": "mixtral"}
+
+
+def run(job: UpcycleJob, store: ObjectStore, work_dir: Path, *, progress: Progress | None = None) -> list[Manifest]:
+    """Publish `job.into` in format `safetensors` (zen_mode), and in a stock class's format where the job asks for it.
+
+    Blocks. `work_dir` caches the base version, and holds the result until it is published. Idempotent: run again, the
+    same bytes are made, and what is published already is left alone. Raises NotFound for an unknown base; InvalidValue
+    for what cannot be made, before anything is written; Conflict when `job.into` exists with other bytes.
+    """
+    base = _base(job, store)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    source = fetch(store, base, work_dir / "versions", progress=progress)
+    dense = DenseSource(source).config
+    recipe = make_recipe(job, dense)
+    config = recipe.config(dense)
+    wants_stock = _wants_stock(job, config)
+
+    parents = Parents(base_version=str(base), training_job=job.name)
+    metadata = {
+        "kind": "upcycle",
+        "recipe": json.dumps(asdict(recipe)),
+        "experts": str(config.num_experts),
+        "experts_per_token": str(config.router.experts_per_token),
+    }
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{job.name}-") as scratch:
+        made = Path(scratch, "safetensors")
+        upcycle(source, recipe, made, progress=progress)
+        ref = VersionRef(model=job.into.model, version=job.into.version)
+        published = [publish(store, ref, made, parents=parents, metadata=metadata, progress=progress)]
+        if wants_stock:
+            stock = Path(scratch, "stock")
+            target = export(made, stock, replicate_dense=job.stock_format == "replicate", progress=progress)
+            stock_ref = ref.model_copy(update={"format": _STOCK_FORMAT[target]})
+            metadata = {**metadata, "exported_from": str(ref)}
+            published.append(publish(store, stock_ref, stock, parents=parents, metadata=metadata, progress=progress))
+    return published
+
+
+def make_recipe(job: UpcycleJob, dense: MoDEConfig) -> UpcyclingRecipe:
+    """What the job asks for, given the dense network. InvalidValue for layers that it does not have."""
+    return UpcyclingRecipe(
+        groups=tuple(GroupRecipe(group.name, group.drop_rates) for group in job.groups),
+        layers=select_layers(job.layers, dense.num_hidden_layers),
+        mode=job.mode,
+        experts_per_token=job.experts_per_token,
+        renormalize=job.renormalize,
+        router_init=job.router_init,
+        router_std=job.router_std,
+        seed=job.seed,
+    )
+
+
+def _base(job: UpcycleJob, store: ObjectStore) -> VersionRef:
+    if job.base.version is None:
+        return newest(store, job.base.model, job.base.format).ref
+    return VersionRef(model=job.base.model, version=job.base.version, format=job.base.format)
+
+
+def _wants_stock(job: UpcycleJob, config: MoDEConfig) -> bool:
+    """Whether to export. `replicate` insists; `exact` takes it where a stock class says the model as it is."""
+    if job.stock_format == "none":
+        return False
+    try:
+        choose_target(config, replicate_dense=job.stock_format == "replicate")
+    except InvalidValue:
+        if job.stock_format == "replicate":
+            raise
+        return False
+    return True

@@ -1,0 +1,193 @@
+"""Tensors in safetensors files, read and written one at a time, so that a checkpoint need never be in memory whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from zenray.spec.errors import CorruptData, InvalidValue, NotFound, suggest
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_DTYPE_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFolder:
+    """The tensors of a checkpoint folder, whole or sharded, read one by one. Keeps no file open or mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX_NAME
+        if index.is_file():
+            self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        elif (folder / SINGLE_NAME).is_file():
+            with safe_open(folder / SINGLE_NAME, framework="pt") as file:
+                self._file_of = dict.fromkeys(file.keys(), SINGLE_NAME)
+        else:
+            found = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+            raise NotFound(
+                f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.",
+                hint=f"It has: {', '.join(found[:20])}." if found else "It has no files.",
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """One tensor, or one row of its first axis, as a copy in memory. NotFound, CorruptData."""
+        with self._open(name) as file:
+            tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+            return tensor.clone()
+
+    def plan(self, name: str) -> TensorPlan:
+        """Shape and dtype of a tensor, without reading it. NotFound, CorruptData."""
+        with self._open(name) as file:
+            part = file.get_slice(name)
+            return TensorPlan(name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+
+    def _open(self, name: str):  # type: ignore[no-untyped-def]
+        if name not in self._file_of:
+            raise NotFound(f"{self.folder} has no tensor {name!r}.", hint=suggest(name, self._file_of, most=5))
+        path = self.folder / self._file_of[name]
+        try:
+            return safe_open(path, framework="pt")
+        except Exception as error:
+            raise CorruptData(f"{path} is not a sound safetensors file: {error}") from error
+
+
+class TensorWriter:
+    """Writes planned tensors, in the planned order, into one file or into shards of at most `shard_bytes`.
+
+    Files get their names at the end: after an error none of them is there. Deterministic, byte for byte. One tensor
+    larger than `shard_bytes` gets a shard to itself.
+    """
+
+    def __init__(self, folder: Path, plans: Iterable[TensorPlan], *, shard_bytes: int = 5_000_000_000) -> None:
+        self._folder = folder
+        self._shards = _plan_shards(list(plans), shard_bytes)
+        self._names = _shard_names(len(self._shards))
+        self._queue = [(plan, shard) for shard, plans_of in enumerate(self._shards) for plan in plans_of]
+        self._next = 0
+        self._file: BinaryIO | None = None
+        self._open_shard = -1
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(plan.size_bytes for plan, _ in self._queue)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """The next tensor. InvalidValue unless it is the planned one, in the planned shape and dtype."""
+        plan, shard = self._queue[self._next] if self._next < len(self._queue) else (None, -1)
+        found = TensorPlan(name, tuple(tensor.shape), tensor.dtype)
+        if found != plan:
+            raise InvalidValue(f"Tensor {found} was written where {plan} was planned.")
+        if shard != self._open_shard:
+            self._begin(shard)
+        assert self._file is not None
+        self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._next += 1
+
+    def __enter__(self) -> TensorWriter:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        partial = [self._partial(shard) for shard in range(len(self._shards))]
+        missing = len(self._queue) - self._next
+        if kind is not None or missing:
+            for path in partial:
+                path.unlink(missing_ok=True)
+            if kind is None:
+                raise InvalidValue(f"{missing} of {len(self._queue)} planned tensors were never written.")
+            return
+        for path, name in zip(partial, self._names, strict=True):
+            path.replace(self._folder / name)
+        if len(self._shards) > 1:
+            self._write_index()
+
+    def _begin(self, shard: int) -> None:
+        self._close()
+        self._file = self._partial(shard).open("wb")
+        self._open_shard = shard
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for plan in self._shards[shard]:
+            end = offset + plan.size_bytes
+            code = _DTYPE_CODES[plan.dtype]
+            header[plan.name] = {"dtype": code, "shape": list(plan.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _partial(self, shard: int) -> Path:
+        return self._folder / f".{self._names[shard]}.partial"
+
+    def _write_index(self) -> None:
+        weight_map = {plan.name: self._names[shard] for plan, shard in self._queue}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan_shards(plans: list[TensorPlan], shard_bytes: int) -> list[list[TensorPlan]]:
+    shards: list[list[TensorPlan]] = [[]]
+    size = 0
+    for plan in plans:
+        if shards[-1] and size + plan.size_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(plan)
+        size += plan.size_bytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{shard:05}-of-{count:05}.safetensors" for shard in range(1, count + 1)]
