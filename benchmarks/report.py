@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -29,10 +30,10 @@ def print_report(
         table.add_column(column, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(format_cell(cell) for cell in row))
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     for note in notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
     print(json.dumps(result), flush=True)
 
 
