@@ -1,0 +1,231 @@
+"""Decisions about one deployment: pure, so every order of events can be tried."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zenray.control.deployments.rollout import (
+    DRAIN_SETTLE_S,
+    RETRY_FAILED_S,
+    START_TIMEOUT_S,
+    DeploymentView,
+    Phase,
+    RevisionView,
+    decide,
+    unreachable,
+)
+from zenray.spec.deployments import Autoscaling, DeploymentSpec, DeploymentState
+from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
+
+State, App = DeploymentState, ApplicationState
+SPEC = DeploymentSpec(model="m", version="1")
+SLEEPY = DeploymentSpec(model="m", version="1", autoscaling=Autoscaling(min_replicas=0))
+
+
+def revision(
+    name: str, phase: Phase, *, spec: DeploymentSpec = SPEC, since: float = 0.0, was_ready: bool = False
+) -> RevisionView:
+    return RevisionView(name, spec, phase, since, was_ready)
+
+
+def view(
+    *revisions: RevisionView, wanted: str = "a", stop: bool = False, state: State = State.PENDING
+) -> DeploymentView:
+    return DeploymentView("m", wanted, stop, state, None, revisions)
+
+
+def app(name: str, state: App, replicas: int = 0, message: str = "", starting: int = 0) -> ApplicationStatus:
+    return ApplicationStatus(
+        name=name,
+        state=state,
+        message=message,
+        route_prefix=f"/{name}",
+        replica_urls={f"{name}{n}": f"http://127.0.0.1:{n}/{name}" for n in range(replicas)},
+        starting_replicas=starting,
+    )
+
+
+def serve(*apps: ApplicationStatus) -> ServeStatus:
+    return ServeStatus(applications={each.name: each for each in apps}, proxy_url="http://127.0.0.1:8000")
+
+
+def phases(decided: DeploymentView) -> dict[str, Phase]:
+    return {each.name: each.phase for each in decided.revisions}
+
+
+def test_a_first_start_goes_from_pending_over_starting_to_ready() -> None:
+    asked = decide(view(revision("a", Phase.QUEUED)), serve(), 1.0)
+    assert (phases(asked), asked.state) == ({"a": Phase.CANDIDATE}, State.PENDING)
+    starting = decide(asked, serve(app("a", App.DEPLOYING, message="loading weights")), 2.0)
+    assert (starting.state, starting.message) == (State.STARTING, "loading weights")
+    ready = decide(starting, serve(app("a", App.RUNNING, replicas=1)), 3.0)
+    assert (phases(ready), ready.state, ready.message) == ({"a": Phase.SERVING}, State.READY, None)
+
+
+def test_running_without_a_replica_is_not_ready_unless_it_may_sleep() -> None:
+    running = serve(app("a", App.RUNNING))
+    assert decide(view(revision("a", Phase.CANDIDATE)), running, 1.0).state is State.STARTING
+    asleep = decide(view(revision("a", Phase.CANDIDATE, spec=SLEEPY)), running, 1.0)
+    assert (asleep.state, phases(asleep)) == (State.ASLEEP, {"a": Phase.SERVING})
+
+
+@pytest.mark.parametrize("state", [App.RUNNING, App.DEPLOYING])
+def test_a_sleeper_that_wakes_stays_asleep_until_a_replica_runs(state: App) -> None:
+    serving = view(revision("a", Phase.SERVING, spec=SLEEPY, was_ready=True), state=State.ASLEEP)
+    assert decide(serving, serve(app("a", state, starting=1)), 1.0).state is State.ASLEEP
+    assert decide(serving, serve(app("a", state, replicas=1)), 1.0).state is State.READY
+
+
+def test_an_earlier_application_of_the_same_name_must_be_gone_first() -> None:
+    leftover = decide(view(revision("a", Phase.QUEUED)), serve(app("a", App.DELETING)), 1.0)
+    assert phases(leftover) == {"a": Phase.QUEUED}
+    assert leftover.message is not None and "earlier a" in leftover.message
+    failed = decide(view(revision("a", Phase.QUEUED)), serve(app("a", App.DEPLOY_FAILED, message="old news")), 1.0)
+    assert failed.state is State.PENDING
+
+
+def test_a_failure_is_shown_with_its_reason_and_leaves_the_wish() -> None:
+    failed = decide(
+        view(revision("a", Phase.CANDIDATE)), serve(app("a", App.DEPLOY_FAILED, message="shard 3 is corrupt")), 1.0
+    )
+    assert (failed.state, failed.message) == (State.FAILED, "shard 3 is corrupt")
+    assert not failed.revisions[0].phase.in_serve
+    assert decide(failed, serve(), 1.0 + 10 * RETRY_FAILED_S) == failed  # tried again only when somebody asks
+
+
+def test_a_start_that_takes_for_ever_fails() -> None:
+    candidate = view(revision("a", Phase.CANDIDATE, since=0.0))
+    waiting = serve(app("a", App.DEPLOYING, message="no node has 4 GPUs"))
+    assert decide(candidate, waiting, START_TIMEOUT_S).state is State.STARTING
+    late = decide(candidate, waiting, START_TIMEOUT_S + 1)
+    assert late.state is State.FAILED
+    assert late.message == "No replica was ready after 30 minutes. Ray Serve says: no node has 4 GPUs"
+
+
+def test_a_rollout_creates_waits_shifts_drains_and_deletes() -> None:
+    start = view(
+        revision("a", Phase.SERVING, was_ready=True), revision("b", Phase.QUEUED), wanted="b", state=State.READY
+    )
+    old = app("a", App.RUNNING, replicas=1)
+    created = decide(start, serve(old), 1.0)
+    assert phases(created) == {"a": Phase.SERVING, "b": Phase.CANDIDATE}
+    waiting = decide(created, serve(old, app("b", App.DEPLOYING)), 2.0)
+    assert phases(waiting) == phases(created) and waiting.state is State.READY
+    assert waiting.message == "b is starting, a serves until it is ready"
+    shifted = decide(waiting, serve(old, app("b", App.RUNNING, replicas=1)), 3.0)
+    assert phases(shifted) == {"a": Phase.DRAINING, "b": Phase.SERVING} and shifted.message is None
+    both = serve(old, app("b", App.RUNNING, replicas=1))
+    assert phases(decide(shifted, both, 3.0 + DRAIN_SETTLE_S - 0.1)) == phases(shifted)
+    assert phases(decide(shifted, both, 3.0 + DRAIN_SETTLE_S)) == {"a": Phase.GONE, "b": Phase.SERVING}
+
+
+def test_a_broken_new_revision_never_takes_traffic_and_the_old_one_stays() -> None:
+    start = view(
+        revision("a", Phase.SERVING, was_ready=True), revision("b", Phase.CANDIDATE), wanted="b", state=State.READY
+    )
+    old = app("a", App.RUNNING, replicas=1)
+    broken = decide(start, serve(old, app("b", App.DEPLOY_FAILED, message="no such file")), 1.0)
+    assert phases(broken) == {"a": Phase.SERVING, "b": Phase.FAILED}
+    assert (broken.state, broken.message) == (State.READY, "b failed, a goes on serving: no such file")
+    assert decide(broken, serve(old), 10_000.0) == broken
+
+
+def test_a_wish_changed_back_and_forth_keeps_what_serves() -> None:
+    start = view(
+        revision("a", Phase.SERVING, was_ready=True),
+        revision("b", Phase.CANDIDATE),
+        revision("c", Phase.QUEUED),
+        wanted="c",
+    )
+    old = app("a", App.RUNNING, replicas=1)
+    decided = decide(start, serve(old, app("b", App.RUNNING, replicas=1)), 1.0)
+    assert phases(decided) == {"a": Phase.SERVING, "b": Phase.GONE, "c": Phase.CANDIDATE}
+    back = decide(replace(decided, wanted="a"), serve(old), 2.0)
+    assert phases(back) == {"a": Phase.SERVING, "b": Phase.GONE, "c": Phase.GONE} and back.state is State.READY
+
+
+def test_a_draining_revision_that_is_wanted_again_serves_again() -> None:
+    start = view(
+        revision("a", Phase.DRAINING, was_ready=True), revision("b", Phase.SERVING, was_ready=True), wanted="a"
+    )
+    both = serve(app("a", App.RUNNING, replicas=1), app("b", App.RUNNING, replicas=1))
+    again = decide(decide(start, both, 1.0), both, 1.0)
+    assert phases(again) == {"a": Phase.SERVING, "b": Phase.DRAINING}
+
+
+def test_a_restarted_ray_is_given_everything_again() -> None:
+    serving = view(revision("a", Phase.SERVING, was_ready=True), state=State.READY)
+    lost = decide(serving, serve(), 1.0)
+    assert (lost.state, phases(lost)) == (State.STARTING, {"a": Phase.SERVING})
+    assert decide(lost, serve(app("a", App.RUNNING, replicas=1)), 2.0).state is State.READY
+
+
+def test_what_once_served_is_tried_again_after_a_failure() -> None:
+    serving = view(revision("a", Phase.SERVING, was_ready=True), state=State.READY)
+    failed = decide(serving, serve(app("a", App.DEPLOY_FAILED, message="store away")), 1.0)
+    assert (failed.state, failed.message) == (State.FAILED, "store away")
+    assert decide(failed, serve(), 1.0 + RETRY_FAILED_S - 1) == failed
+    assert phases(decide(failed, serve(), 1.0 + RETRY_FAILED_S)) == {"a": Phase.QUEUED}
+
+
+def test_an_unhealthy_application_serves_with_what_is_left_and_recovers() -> None:
+    serving = view(revision("a", Phase.SERVING, was_ready=True), state=State.READY)
+    hurt = decide(serving, serve(app("a", App.UNHEALTHY, replicas=1, message="one died")), 1.0)
+    assert (hurt.state, hurt.message) == (State.READY, "one died")
+    dead = decide(hurt, serve(app("a", App.UNHEALTHY, message="all died")), 2.0)
+    assert (dead.state, dead.message) == (State.FAILED, "all died")
+    assert decide(dead, serve(app("a", App.RUNNING, replicas=1)), 3.0).state is State.READY
+
+
+def test_undeploying_withdraws_drains_and_ends_when_ray_has_nothing_left() -> None:
+    start = view(revision("a", Phase.SERVING, was_ready=True), revision("b", Phase.CANDIDATE), wanted="b", stop=True)
+    running = serve(app("a", App.RUNNING, replicas=1), app("b", App.DEPLOYING))
+    draining = decide(start, running, 1.0)
+    assert (draining.state, phases(draining)) == (State.STOPPING, {"a": Phase.DRAINING, "b": Phase.GONE})
+    gone = decide(draining, running, 1.0 + DRAIN_SETTLE_S)
+    assert (gone.state, phases(gone)) == (State.STOPPING, {"a": Phase.GONE, "b": Phase.GONE})
+    assert decide(gone, serve(app("a", App.DELETING)), 10.0).state is State.STOPPING
+    assert decide(gone, serve(), 11.0).state is State.STOPPED
+
+
+def test_while_ray_is_away_everything_stays_and_the_reason_is_shown() -> None:
+    serving = view(revision("a", Phase.SERVING, was_ready=True), state=State.READY)
+    assert unreachable(serving, "away") == replace(serving, message="away")
+    stopped = replace(serving, state=State.STOPPED)
+    assert unreachable(stopped, "away") == stopped
+
+
+APPS = st.sampled_from([None, *[(state, count) for state in App for count in (0, 1)]])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), APPS, APPS, APPS, st.floats(0, 100)), max_size=25), st.data())
+def test_whatever_ray_says_traffic_moves_only_to_what_is_ready(
+    rounds: list[tuple[str, object, object, object, float]], data: st.DataObject
+) -> None:
+    now = 0.0
+    current = view(*[revision(name, Phase.GONE) for name in "abc"])
+    for wanted, *states, elapsed in rounds:
+        now += float(elapsed)  # type: ignore[arg-type]
+        status = serve(*[app(name, *each) for name, each in zip("abc", states, strict=True) if each])  # type: ignore[misc]
+        before = replace(current, wanted=wanted, stop=data.draw(st.integers(0, 5)) == 0)
+        after = decide(before, status, now)
+        was, is_ = before.serving(), after.serving()
+        assert sum(each.phase is Phase.SERVING for each in after.revisions) <= 1
+        if is_ is not None and is_ != was:
+            found = status.applications[is_.name]
+            assert is_.name == wanted and found.state is App.RUNNING and found.replica_urls
+        if was is not None and is_ is None and not before.stop:
+            assert was.name == wanted and status.applications[was.name].state is App.DEPLOY_FAILED
+        if before.stop:
+            assert is_ is None and after.state in (State.STOPPING, State.STOPPED)
+        for old, new in zip(before.revisions, after.revisions, strict=True):
+            # What took traffic is not deleted in the round in which it stops taking it.
+            assert not (old.phase is Phase.SERVING and new.phase is Phase.GONE)
+        if after.state.takes_traffic:
+            assert is_ is not None
+        current = after
