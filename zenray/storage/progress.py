@@ -72,4 +72,5 @@ def transfer_bar(console: Console | None = None, *, quiet_s: float = _QUIET_S) -
     try:
         yield show
     finally:
-        bars.stop()
+        if tasks:
+            bars.stop()
