@@ -123,7 +123,7 @@ def test_a_corrupt_shard_fails_the_deployment_naming_the_file(platform: TestPlat
     stored = platform.home.root / "store" / ref.prefix / "shard.bin"
     stored.chmod(0o644)
     stored.write_bytes(b"x" * 4095 + b"y")
-    assert "shard.bin" in platform.zenray("models", "verify", SCRIPTED, "v2-bad", check=False)
+    assert "shard.bin" in platform.zenray("models", "verify", f"{SCRIPTED}@v2-bad", check=False)
 
     client = platform.customer("steady")
     spec = platform.home.root / "bad.yaml"

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from zenray.catalog.catalog import Catalog
 from zenray.catalog.entries import ModelEntry
 from zenray.cli.home import Home
 from zenray.cli.output import console, show_facts, show_json, show_table
@@ -15,12 +14,11 @@ from zenray.control.registry import service as registry
 from zenray.spec.errors import CorruptData, InvalidValue
 from zenray.spec.money import Price
 from zenray.spec.platform import Platform
-from zenray.spec.versions import Manifest, VersionRef
+from zenray.spec.versions import Manifest
 from zenray.storage.base import ObjectStore
 from zenray.storage.opening import absolute, open_store
 from zenray.storage.progress import transfer_bar
-from zenray.storage.versions import list_models, list_versions, newest, read_manifest
-from zenray.storage.versions import verify as verify_version
+from zenray.storage.versions import list_models, list_versions
 
 app = typer.Typer(help="Models: the catalog, and the versions in the store.", no_args_is_help=True)
 
@@ -86,37 +84,42 @@ def pull(
 ) -> None:
     """Get the weights of MODEL and publish them as a version. Nothing is published unless all of it is sound."""
     home = Home.from_environment()
-    manifest = pull_model(home, home.catalog(), open_store(home.storage()), model, source, version)
-    console.print(f"{manifest.ref}: {len(manifest.files)} files, {_bytes(manifest.size_bytes)}")
+    pulled = pull_model(home, home.catalog().get(model), open_store(home.storage()), source, version)
+    manifest = pulled.manifest
+    size = f"{len(manifest.files)} files, {_bytes(manifest.size_bytes)}"
+    console.print(f"{manifest.ref}: {size}" if pulled.created else f"{manifest.ref}: already there ({size})")
+    for note in pulled.notes:
+        console.print(f"[dim]note:[/dim] {note}")
 
 
 @app.command("verify")
-def verify(
-    model: str, version: Annotated[str | None, typer.Argument(help="The newest one when left out.")] = None
-) -> None:
+def verify(name: Annotated[str, typer.Argument(help="MODEL (its newest version) or MODEL@VERSION.")]) -> None:
     """Read every byte of a version and compare it with its manifest."""
-    home = Home.from_environment()
-    home.catalog().get(model)
-    store = open_store(home.storage())
-    ref = read_manifest(store, VersionRef(model=model, version=version)).ref if version else newest(store, model).ref
+    store = open_store(Home.from_environment().storage())
+    ref = registry.find(store, name)
     with transfer_bar() as progress:
-        problems = verify_version(store, ref, progress=progress)
+        problems = registry.verify(store, name, progress=progress)
     if problems:
         raise CorruptData(
             f"{ref} differs from its manifest: " + "; ".join(str(problem) for problem in problems),
-            hint=f"Publish a sound copy as a new version: zenray models pull {model} --version NAME",
+            hint=f"Publish a sound copy as a new version: zenray models pull {ref.model} --version NAME",
         )
     console.print(f"{ref} is sound.")
 
 
 def pull_model(
-    home: Home, catalog: Catalog, store: ObjectStore, model: str, source: str = "auto", version: str | None = None
-) -> Manifest:
+    home: Home, entry: ModelEntry, store: ObjectStore, source: str = "auto", version: str | None = None
+) -> registry.Pulled:
     """Pull with a progress bar; what was fetched stays in the home's cache."""
-    entry = catalog.get(model)
     with transfer_bar() as progress:
         return registry.pull(
-            store, entry, source=source, version=version, cache_dir=home.cache / "downloads", progress=progress
+            store,
+            entry.name,
+            source,
+            version=version,
+            catalog_sources=entry.sources,
+            cache_dir=home.cache / "downloads",
+            progress=progress,
         )
 
 
@@ -133,7 +136,7 @@ def pull_missing(home: Home, platform: Platform) -> None:
                     hint=f"Publish one: zenray models pull {spec.model} --source FOLDER",
                 )
             console.print(f"{spec.model}: no version yet, getting it")
-            console.print(f"{pull_model(home, catalog, store, spec.model).ref} published")
+            console.print(f"{pull_model(home, catalog.get(spec.model), store).manifest.ref} published")
 
 
 def _catalog_row(entry: ModelEntry, published: bool) -> list[str]:
