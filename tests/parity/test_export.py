@@ -1,5 +1,7 @@
 """Export: a stock class with the exported weights gives our logits; what no class can say is refused with reasons."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,9 @@ from zenray.model.hf.export import choose_target, export
 from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe
 from zenray.model.upcycling.upcycle import upcycle
 from zenray.spec.errors import InvalidValue
+from zenray.spec.versions import VersionRef
+from zenray.storage.local import LocalStore
+from zenray.storage.versions import publish
 
 pytestmark = pytest.mark.parity
 register()
@@ -84,3 +89,25 @@ def test_an_upcycled_llama_goes_out_as_mixtral_with_its_companions(llama_folder,
 def test_what_no_class_says_is_refused_with_the_reason(change, reason):
     with pytest.raises(InvalidValue, match=reason):
         choose_target(replace(CONFIG, **change))
+
+
+def test_only_our_own_checkpoints_are_exported(llama_folder, tmp_path):
+    with pytest.raises(InvalidValue, match="model_type 'llama', not 'zen_mode'"):
+        export(llama_folder, tmp_path / "stock")
+
+
+def test_a_fresh_process_upcycles_and_exports(llama_folder, tmp_path):
+    """As `zenray run` does it: nothing has been registered or imported before."""
+    publish(LocalStore(tmp_path / "store"), VersionRef(model="dense", version="v0"), llama_folder)
+    (tmp_path / "job.yaml").write_text(
+        "kind: upcycle\nname: tiny\nbase: {model: dense}\ninto: {model: mode, version: v1}\n"
+        "groups: [{name: general, experts: 2}]\nlayers: last 2\nstock_format: replicate\n"
+    )
+    command = [sys.executable, "-m", "zenray.model.upcycling", str(tmp_path / "job.yaml")]
+    command += ["--store", f"file:{tmp_path}/store", "--work-dir", str(tmp_path / "work")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("published")] == [
+        "mode@v1/safetensors",
+        "mode@v1/mixtral",
+    ]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from zenray.model.config import MoDEConfig
 from zenray.model.experts import runs
@@ -54,9 +54,10 @@ def export(
 
     Streams one tensor at a time. Progress phase: "export". Raises InvalidValue when no class says it exactly.
     """
-    hf = AutoConfig.from_pretrained(source)
-    if not isinstance(hf, ZenModeConfig):
-        raise InvalidValue(f"{source} holds model_type {hf.model_type!r}, not zen_mode.")
+    kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if kind != ZenModeConfig.model_type:
+        raise InvalidValue(f"{source} holds model_type {kind!r}, not {ZenModeConfig.model_type!r}.")
+    hf = ZenModeConfig.from_pretrained(source)
     config = hf.to_mode()
     target = choose_target(config, replicate_dense=replicate_dense)
     exporter = _Exporter(TensorFolder(source), config, target)
