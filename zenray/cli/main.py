@@ -8,7 +8,7 @@ import sys
 import typer
 
 from zenray import __version__
-from zenray.cli.commands import accounts, chat, deployments, models, platform
+from zenray.cli.commands import accounts, chat, deployments, models, platform, runs
 from zenray.cli.output import console, errors
 from zenray.spec.errors import ZenrayError
 
@@ -32,6 +32,7 @@ app.add_typer(accounts.keys, name="keys")
 app.add_typer(accounts.credits, name="credits")
 app.command("usage")(accounts.usage)
 app.command("chat")(chat.chat)
+app.command("run")(runs.run)
 
 
 @app.command("version")
