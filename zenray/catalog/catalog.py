@@ -153,6 +153,8 @@ def _vary(file: VariantFile, path: Path, by_name: dict[str, ModelEntry]) -> Mode
     }
     if file.modalities is not None:
         changed["modalities"] = file.modalities
+    if file.serving is not None:
+        changed["serving"] = file.serving
     if file.context_tokens is not None:
         changed |= {"context_tokens": file.context_tokens, "yarn": file.yarn}
     return build_entry(base.model_dump(exclude={"claims"}) | changed)

@@ -195,6 +195,7 @@ class VariantFile(Document):
     context_tokens: int | None = Field(None, ge=16)
     yarn: Yarn | None = None
     modalities: tuple[Modality, ...] | None = None
+    serving: Serving | None = Field(None, description="None: the base's.")
     sources: tuple[Source, ...] = ()
     notes: tuple[str, ...] = ()
 

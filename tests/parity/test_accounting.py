@@ -1,0 +1,242 @@
+"""The catalog's arithmetic against instantiated models: transformers' and our own, on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from zenray.catalog import Catalog, ModelEntry
+from zenray.catalog.accounting import count_parameters, flops_per_token, kv_cache_bytes_per_token
+from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
+from zenray.model.network import MoDE
+from zenray.spec.dimensions import ModelDimensions
+
+pytestmark = pytest.mark.parity
+
+LLAMA_2_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "layers": 32,
+    "heads": 32,
+    "kv_heads": 32,
+    "head_dim": 128,
+    "ffn_width": 11008,
+}
+QWEN3_06B = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "layers": 28,
+    "heads": 16,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "ffn_width": 3072,
+    "qk_norm": True,
+    "tied_embeddings": True,
+}
+QWEN2_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "layers": 28,
+    "heads": 28,
+    "kv_heads": 4,
+    "head_dim": 128,
+    "ffn_width": 18944,
+    "qkv_bias": True,
+}
+QWEN3_30B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "layers": 48,
+    "heads": 32,
+    "kv_heads": 4,
+    "head_dim": 128,
+    "qk_norm": True,
+    "moe": {"experts": 128, "top_k": 8, "expert_width": 768},
+}
+MIXTRAL_8X7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "layers": 32,
+    "heads": 32,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "moe": {"experts": 8, "top_k": 2, "expert_width": 14336},
+}
+QWEN2_57B = {
+    "vocab_size": 151936,
+    "hidden_size": 3584,
+    "layers": 28,
+    "heads": 28,
+    "kv_heads": 4,
+    "head_dim": 128,
+    "qkv_bias": True,
+    "moe": {"experts": 64, "top_k": 8, "expert_width": 2560, "shared_width": 20480, "shared_gate": True},
+}
+REAL: dict[str, tuple[dict[str, Any], type[PreTrainedModel], int, float]] = {
+    # dimensions, class, parameters, active parameters in billions as its makers give them
+    "llama-2-7b": (LLAMA_2_7B, LlamaForCausalLM, 6_738_415_616, 6.74),
+    "qwen3-0.6b": (QWEN3_06B, Qwen3ForCausalLM, 596_049_920, 0.6),
+    "qwen2-7b": (QWEN2_7B, Qwen2ForCausalLM, 7_615_616_512, 7.6),
+    "qwen3-30b-a3b": (QWEN3_30B, Qwen3MoeForCausalLM, 30_532_122_624, 3.3),
+    "mixtral-8x7b": (MIXTRAL_8X7B, MixtralForCausalLM, 46_702_792_704, 12.9),
+    "qwen2-57b-a14b": (QWEN2_57B, Qwen2MoeForCausalLM, 57_408_658_944, 14.2),
+}
+
+
+def transformers_config(d: ModelDimensions, kind: type[PreTrainedModel]) -> Any:
+    """The dimensions in transformers' words."""
+    values: dict[str, Any] = {
+        "vocab_size": d.vocab_size,
+        "hidden_size": d.hidden_size,
+        "num_hidden_layers": d.layers,
+        "num_attention_heads": d.heads,
+        "num_key_value_heads": d.kv_heads,
+        "intermediate_size": d.ffn_width or 1,
+        "tie_word_embeddings": d.tied_embeddings,
+        "head_dim": d.head_dim,
+    }
+    if d.moe is None:
+        return {LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config, Qwen3ForCausalLM: Qwen3Config}[kind](
+            **values
+        )
+    values |= {"num_experts_per_tok": d.moe.top_k, "num_local_experts": d.moe.experts}
+    if kind is MixtralForCausalLM:
+        return MixtralConfig(**values | {"intermediate_size": d.moe.expert_width})
+    values |= {
+        "num_experts": d.moe.experts,
+        "moe_intermediate_size": d.moe.expert_width,
+        "mlp_only_layers": list(d.dense_layers),
+    }
+    if kind is Qwen2MoeForCausalLM:
+        return Qwen2MoeConfig(**values | {"shared_expert_intermediate_size": d.moe.shared_width})
+    return Qwen3MoeConfig(**values)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())  # tied ones once
+
+
+def routed(module: nn.Module) -> int:
+    """Parameters of the fused experts."""
+    return sum(p.numel() for name, p in module.named_parameters() if ".experts." in name)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_are_counted_to_the_last_weight(name: str) -> None:
+    values, kind, total, active_b = REAL[name]
+    dimensions = ModelDimensions.model_validate(values)
+    with torch.device("meta"):
+        model = kind(transformers_config(dimensions, kind))
+    count = count_parameters(dimensions)
+    assert count.total == parameters(model) == total
+    assert count.routed_experts == routed(model)
+    if dimensions.moe:
+        share = dimensions.moe.top_k / dimensions.moe.experts
+        assert count.active == parameters(model) - routed(model) + round(routed(model) * share)
+    assert count.active / 1e9 == pytest.approx(active_b, rel=0.02)
+
+
+def test_dense_layers_among_sparse_ones() -> None:
+    values = QWEN3_30B | {"layers": 6, "dense_layers": [0, 3], "ffn_width": 6144}
+    dimensions = ModelDimensions.model_validate(values)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(transformers_config(dimensions, Qwen3MoeForCausalLM))
+    assert count_parameters(dimensions).total == parameters(model)
+
+
+def our_config(d: ModelDimensions) -> MoDEConfig:
+    """The dimensions in our network's words."""
+    groups: list[ExpertGroup] = []
+    for width in d.moe.widths if d.moe else ():
+        if groups and groups[-1].width == width:
+            last = groups.pop()
+            groups.append(ExpertGroup(last.name, last.num_experts + 1, width))
+        else:
+            groups.append(ExpertGroup(f"group-{len(groups)}", 1, width))
+    return MoDEConfig(
+        vocab_size=d.vocab_size,
+        hidden_size=d.hidden_size,
+        intermediate_size=d.ffn_width or 1,
+        num_hidden_layers=d.layers,
+        num_attention_heads=d.heads,
+        num_key_value_heads=d.kv_heads,
+        head_dim=d.head_dim,
+        sparse_layers=d.sparse_layers,
+        expert_groups=tuple(groups),
+        router=RouterConfig(experts_per_token=d.moe.top_k if d.moe else 1),
+        shared_expert_width=d.moe.shared_width if d.moe else 0,
+        shared_expert_gate=d.moe.shared_gate if d.moe else False,
+        sliding_window=d.local_window_tokens,
+        local_layers=d.local_layers,
+        qk_norm=d.qk_norm,
+        attention_bias=d.qkv_bias,
+        tie_word_embeddings=d.tied_embeddings,
+    )
+
+
+@pytest.mark.parametrize("entry", [e for e in Catalog.load() if e.variant_of is None], ids=lambda entry: entry.name)
+def test_every_model_of_the_catalog_is_built_with_the_parameters_counted(entry: ModelEntry) -> None:
+    assert entry.dimensions is not None
+    with torch.device("meta"):
+        model = MoDE(our_config(entry.dimensions))
+    assert parameters(model) == count_parameters(entry.dimensions).total
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
+TINY_MOE = {"experts": 4, "top_k": 2, "expert_width": 16}
+TINY_MODELS: list[tuple[dict[str, Any], type[PreTrainedModel]]] = [
+    (TINY | {"ffn_width": 48}, LlamaForCausalLM),
+    (TINY | {"ffn_width": 48, "qkv_bias": True, "tied_embeddings": True}, Qwen2ForCausalLM),
+    (TINY | {"moe": TINY_MOE, "ffn_width": 48, "dense_layers": [1], "qk_norm": True}, Qwen3MoeForCausalLM),
+    (TINY | {"moe": TINY_MOE}, MixtralForCausalLM),
+    (TINY | {"moe": TINY_MOE | {"shared_width": 24, "shared_gate": True}, "qkv_bias": True}, Qwen2MoeForCausalLM),
+]
+
+
+def tiny(values: dict[str, Any], kind: type[PreTrainedModel]) -> tuple[ModelDimensions, PreTrainedModel]:
+    dimensions = ModelDimensions.model_validate(values)
+    config = transformers_config(dimensions, kind)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    return dimensions, kind(config).eval()
+
+
+@pytest.mark.parametrize(("values", "kind"), TINY_MODELS, ids=[kind.__name__ for _, kind in TINY_MODELS])
+def test_flops_are_those_that_torch_counts(values: dict[str, Any], kind: type[PreTrainedModel]) -> None:
+    dimensions, model = tiny(values, kind)
+    tokens = 8
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens)[None])
+    # Eager attention computes the whole square: every token meets all `tokens`.
+    assert counter.get_total_flops() == tokens * flops_per_token(dimensions, context_tokens=tokens)
+
+
+@pytest.mark.parametrize(("values", "kind"), TINY_MODELS, ids=[kind.__name__ for _, kind in TINY_MODELS])
+def test_kv_cache_is_what_transformers_keeps(values: dict[str, Any], kind: type[PreTrainedModel]) -> None:
+    dimensions, model = tiny(values, kind)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(torch.arange(8)[None], past_key_values=cache)
+    kept_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert kept_bytes == 8 * kv_cache_bytes_per_token(dimensions, bytes_per_value=4)
