@@ -23,6 +23,7 @@ FLAGS = {
     "models versions": ["--json", "MODEL"],
     "orgs create": ["NAME"],
     "orgs list": ["--json"],
+    "run": ["FILE"],
     "status": ["--json"],
     "undeploy": ["MODEL"],
     "up": ["--detach", "--file", "-f"],

@@ -10,7 +10,7 @@ import pytest
 import zenray
 from tests.house.test_shape import ROOT, relative, tracked
 from zenray.spec.documents import load_document
-from zenray.spec.jobs import SCHEMAS, JobKind
+from zenray.spec.jobs import load_job
 from zenray.spec.platform import Platform
 
 MARKDOWN = tracked("*.md")
@@ -67,8 +67,7 @@ def test_cluster_files_load(path: Path):
 
 @pytest.mark.parametrize("path", tracked("jobs/*.yaml"), ids=relative)
 def test_job_files_load(path: Path):
-    kind = load_document(path, JobKind).kind
-    assert load_document(path, SCHEMAS[kind]).name == path.stem, "a job file is named like the job"
+    assert load_job(path).model_dump()["name"] == path.stem, "a job file is named like the job"
 
 
 @pytest.mark.parametrize("page", tracked("docs/decisions/[0-9]*.md"), ids=relative)
