@@ -57,6 +57,10 @@ def test_a_good_file(tmp_path: Path) -> None:
         ("just words\n", "here: expected keys and values, got str."),
         ("", "key 'name' is missing."),
         ("a: !!python/object:os.system {}\n", "not valid YAML"),
+        ("name: 2024-13-45\n", "here: not valid YAML: month must be in 1..12."),
+        ("name: !!int x\n", "here: not valid YAML: invalid literal for int()"),
+        ("name: a\n? [b]\n: c\n", "here:2: a key must be a word, not a list or mapping."),
+        ("name: " + "[" * 3000, "here: not valid YAML: nested too deeply"),
         ("--- {name: a}\n--- {name: b}\n", "not valid YAML"),
     ],
 )
@@ -96,6 +100,11 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         assert isinstance(parse_document(text, Whole, where="here"), Whole)
     except InvalidDocument as error:
         assert "here" in str(error)
+
+
+def test_a_list_within_itself_ends() -> None:
+    with pytest.raises(InvalidDocument, match=r"here:2: unknown key 'a'"):
+        parse_document("name: b\na: &x [*x, *x]\n", Whole, where="here")
 
 
 def test_documents_do_not_change() -> None:

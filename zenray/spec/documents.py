@@ -41,13 +41,18 @@ def load_document(path: Path, schema: type[D]) -> D:
 def parse_document(text: str, schema: type[D], *, where: str) -> D:
     """As `load_document`, for text that is already read; `where` names it in errors."""
     try:
+        # Not CSafeLoader, fast as it is: text nested very deeply makes libyaml's wrapper crash the process.
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_repeated_keys(node, where)
-        data = yaml.safe_load(text)
+        _refuse_repeated_keys(node, where, set())
+        data = {} if node is None else yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise InvalidDocument(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    except ValueError as error:  # a tag or a date that the value does not fit, which PyYAML passes on as it comes
+        raise InvalidDocument(f"{where}: not valid YAML: {error}.") from None
+    except RecursionError:
+        raise InvalidDocument(f"{where}: not valid YAML: nested too deeply, or containing itself.") from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -117,16 +122,24 @@ def _first_model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _refuse_repeated_keys(node: yaml.Node | None, where: str) -> None:
+def _refuse_repeated_keys(node: yaml.Node | None, where: str, visited: set[int]) -> None:
+    """Refuse a mapping that has a key twice, or a list or mapping as a key. `visited`: ids of nodes, for aliases."""
+    if id(node) in visited:
+        return
+    visited.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise InvalidDocument(
+                    f"{where}:{key.start_mark.line + 1}: a key must be a word, not a list or mapping."
+                )
             if key.value in seen:
                 raise InvalidDocument(
                     f"{where}:{key.start_mark.line + 1}: key {key.value!r} is already on line {seen[key.value]}."
                 )
             seen[key.value] = key.start_mark.line + 1
-            _refuse_repeated_keys(value, where)
+            _refuse_repeated_keys(value, where, visited)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_repeated_keys(value, where)
+            _refuse_repeated_keys(value, where, visited)
