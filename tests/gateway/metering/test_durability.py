@@ -10,12 +10,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
 import pytest
 
 from tests.gateway.metering.conftest import MakeMeter, die, open_charge
 from tests.gateway.metering.test_meter import FINAL, Ledger
 from zenray.gateway.metering import Meter, MeterFull, replay
 from zenray.gateway.metering import meter as meter_module
+from zenray.gateway.metering.records import Damage, frame, read_records
+from zenray.spec.errors import CorruptData, StorageUnavailable
 from zenray.spec.usage import Outcome, Usage
 
 
@@ -239,3 +242,70 @@ def test_the_thread_commits_by_itself(make_meter: MakeMeter, tmp_path: Path) -> 
             return
         meter._stopping.wait(0.001)
     pytest.fail("the finished segment was not deleted")
+
+
+def test_a_clean_stop_after_shipping_leaves_no_log(make_meter: MakeMeter, tmp_path: Path) -> None:
+    meter = make_meter()
+    open_charge(meter).close(Outcome.COMPLETED, FINAL)
+    Ledger().take(meter)
+    meter.close()
+    assert [path.name for path in (tmp_path / "wal").iterdir()] == ["owner.json"]
+    again = make_meter()
+    open_charge(again).close(Outcome.COMPLETED, FINAL)
+    again.close()
+    assert len(make_meter().pending(10)) == 1
+
+
+def test_a_damaged_segment_is_kept_as_evidence(make_meter: MakeMeter, tmp_path: Path) -> None:
+    meter = make_meter()
+    first = open_charge(meter, request_id="first").close(Outcome.COMPLETED, FINAL)
+    second = open_charge(meter).close(Outcome.COMPLETED, FINAL)
+    path = newest_segment(tmp_path / "wal")
+    die(meter)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b'"first"') + 1] ^= 1  # in the open record of the first
+    path.write_bytes(damaged)
+    meter = make_meter()
+    assert meter.pending(10) == [first, second]
+    Ledger().take(meter)
+    meter.commit()
+    assert not path.exists()
+    assert path.with_suffix(".damaged").read_bytes() == damaged
+
+
+def test_a_record_of_a_younger_version_stops_the_start_and_keeps_the_log(make_meter: MakeMeter, tmp_path: Path) -> None:
+    meter = make_meter()
+    open_charge(meter).close(Outcome.COMPLETED, FINAL)
+    die(meter)
+    path = newest_segment(tmp_path / "wal")
+    log = path.read_bytes()
+    close = next(record for record in read_records(path) if not isinstance(record, Damage) and record["t"] == "close")
+    close["event"]["carbon_g"] = 3
+    path.write_bytes(log + frame(orjson.dumps(close)))
+    with pytest.raises(CorruptData, match="carbon_g"):
+        make_meter()
+    path.write_bytes(log)
+    assert len(make_meter().pending(10)) == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"\0" * 40, b"[]", b'{"gateway_'])
+def test_an_owner_file_that_a_power_cut_spoiled_is_no_obstacle(
+    make_meter: MakeMeter, tmp_path: Path, text: bytes
+) -> None:
+    die(make_meter())
+    (tmp_path / "wal" / "owner.json").write_bytes(text)
+    make_meter()
+
+
+def test_a_folder_that_cannot_be_used_is_named(make_meter: MakeMeter, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageUnavailable, match="file/wal"):
+        make_meter(folder=tmp_path / "file" / "wal")
+
+
+def test_a_disk_without_room_for_the_slots_is_named_and_the_folder_stays_free(
+    make_meter: MakeMeter, tmp_path: Path
+) -> None:
+    with files_end_at(4096), pytest.raises(MeterFull, match="No room for 131072 slots"):
+        make_meter(max_streams=1 << 16)
+    make_meter()

@@ -192,6 +192,7 @@ def test_only_idle_credit_is_given_back_and_only_once(clock: FakeClock) -> None:
     assert book.give_back(ORG) == 0  # it has just ended
     clock.advance(31)
     assert book.give_back(ORG) == 460
+    assert book.orgs() == []
     assert book.give_back(ORG) == 0
     assert not book.reserve(ORG, 1)
 

@@ -105,13 +105,13 @@ class LeaseBook:
 
     def give_back(self, org: str) -> int:
         """Take idle credit out of the book, for a lease request that is sent right away. 0 while the org is active."""
-        credit = self._credit(org)
-        now_s = self._clock.monotonic()
-        if credit.reserved_nano_usd or now_s - credit.used_at_s < self._idle_s:
+        credit = self._credits.get(org)
+        if credit is None or credit.reserved_nano_usd or self._clock.monotonic() - credit.used_at_s < self._idle_s:
             return 0
-        idle = max(0, credit.available_nano_usd)
-        credit.granted_nano_usd -= idle
-        return idle
+        if credit.available_nano_usd < 0:
+            return 0
+        del self._credits[org]
+        return credit.available_nano_usd
 
     def orgs(self) -> list[str]:
         """Organisations that have credit or asked for it."""

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import shutil
 import threading
 import uuid
 from collections import deque
@@ -55,6 +56,7 @@ class Meter:
         commit_interval_s: float = COMMIT_INTERVAL_S,
     ) -> None:
         self.gateway_id = gateway_id
+        self._folder = folder
         self.boot_id = uuid.uuid4().hex[:16]
         self.clock = clock
         self.max_streams = max_streams
@@ -77,13 +79,13 @@ class Meter:
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, own_folder(folder, gateway_id))
             # Twice the slots: what was closed is not given out again before its close is on the disk.
-            slots = SlotFile(slots_path(folder, self.boot_id), 2 * max_streams)
+            slots = _new_slots(slots_path(folder, self.boot_id), 2 * max_streams)
             undo.callback(slots.close)
             scan = Scan(folder)
             self._wal = Wal(folder, self.boot_id, list(scan.segments), max_bytes=max_wal_bytes)
             undo.callback(self._wal.close)
             self._outbox = Outbox(self._wal, self._mutex, self._key_prefix)
-            self._take_over(folder, scan)
+            self._take_over(scan)
             self._slots, self._words = slots, slots.words
             self._undo = undo.pop_all()
         self._thread = threading.Thread(
@@ -133,7 +135,7 @@ class Meter:
         head = orjson.dumps({**fields, "price": self._price_json(price)})
         if len(head) > MAX_HEAD_BYTES:
             raise ValueError(f"{len(head)} bytes to say who asks for what; at most {MAX_HEAD_BYTES} are recorded")
-        if len(self._free) < choices:
+        if len(self._free) < choices <= self.max_streams - self._streams:
             self._commit_or_refuse()  # more was closed since the last commit than there are spare slots
         owed_bytes = len(head) + MAX_END_BYTES
         with self._mutex:
@@ -218,7 +220,10 @@ class Meter:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Stop. What is open stays open in the log, and the next boot bills it by its slots. Idempotent."""
+        """Stop. What is open stays open in the log, and the next boot bills it by its slots. Idempotent.
+
+        When all is closed and shipped, the log is deleted.
+        """
         if self._stopping.is_set():
             return
         self._stopping.set()
@@ -227,9 +232,13 @@ class Meter:
             self.commit()
         with self._mutex:
             self._refusal = "The meter is closed."
+            if not self._open and self.unshipped_events == 0:
+                for segment in self._wal.segments:
+                    segment.path.unlink(missing_ok=True)
+                slots_path(self._folder, self.boot_id).unlink(missing_ok=True)
             self._undo.close()
 
-    def _take_over(self, folder: Path, scan: Scan) -> None:
+    def _take_over(self, scan: Scan) -> None:
         """Queue what earlier boots closed, end what they left open, and only then forget their slots."""
         for segment, event in scan.closed():
             self._outbox.inherit(segment, event)
@@ -239,11 +248,13 @@ class Meter:
             self._outbox.add(segment, event, event.cost_nano_usd())
             self._outbox.owe(event.org, event.cost_nano_usd())
         self._wal.sync_work()()
-        for path in folder.glob("slots-*"):
-            if path != slots_path(folder, self.boot_id):
+        for path in {path for path, damage in scan.damage if not damage.is_tail}:
+            shutil.copy(path, path.with_suffix(".damaged"))  # the segment goes when it is shipped; the evidence stays
+        for path in self._folder.glob("slots-*"):
+            if path != slots_path(self._folder, self.boot_id):
                 path.unlink()
         if interrupted:
-            log.warning("usage log %s: %d requests had been interrupted", folder, len(interrupted))
+            log.warning("usage log %s: %d requests had been interrupted", self._folder, len(interrupted))
 
     def _commit_or_refuse(self) -> None:
         try:
@@ -337,6 +348,15 @@ class Meter:
                     self.commit()
                 except OSError:
                     return  # every open is refused from now on
+
+
+def _new_slots(path: Path, slots: int) -> SlotFile:
+    try:
+        return SlotFile(path, slots)
+    except OSError as error:
+        raise MeterFull(
+            f"No room for {slots} slots in {path}: {error.strerror}.", hint="Free space on the gateway's disk."
+        ) from error
 
 
 _RESTART = "Restart the gateway on a sound disk."

@@ -9,7 +9,7 @@ from typing import Any
 
 from zenray.gateway.metering.records import Damage, read_records
 from zenray.gateway.metering.slots import StoredSlots, total
-from zenray.gateway.metering.wal import Segment, find_segments
+from zenray.gateway.metering.wal import Segment, closed_event, find_segments
 from zenray.spec.usage import Outcome, Usage, UsageEvent
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Scan:
                 elif record["t"] == "open":
                     self._open[record["event"]["billing_key"]] = (segment.boot_id, record)
                 elif record["t"] == "close":
-                    event = UsageEvent.model_validate(record["event"])
+                    event = closed_event(record, segment.path)
                     self._open.pop(event.billing_key, None)
                     yield segment, event
 

@@ -8,9 +8,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from zenray.gateway.metering.records import Damage, frame, read_records
-from zenray.spec.errors import Unavailable
+from zenray.spec.errors import CorruptData, Unavailable
 from zenray.spec.usage import UsageEvent
 
 SEGMENT_NAME = re.compile(r"(?P<number>\d{10})-(?P<boot_id>[0-9a-f]+)\.wal")
@@ -36,8 +39,20 @@ class Segment:
     def read_events(self) -> dict[str, tuple[UsageEvent, int]]:
         """The events of the file's close records with their costs, by billing key, in order."""
         records = [record for record in read_records(self.path) if not isinstance(record, Damage)]
-        events = [UsageEvent.model_validate(record["event"]) for record in records if record["t"] == "close"]
+        events = [closed_event(record, self.path) for record in records if record["t"] == "close"]
         return {event.billing_key: (event, event.cost_nano_usd()) for event in events}
+
+
+def closed_event(record: dict[str, Any], path: Path) -> UsageEvent:
+    """The event of a close record; CorruptData if this zenray cannot read it (a younger one wrote it)."""
+    try:
+        return UsageEvent.model_validate(record["event"])
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise CorruptData(
+            f"The usage log {path} has an event with an unknown shape: {first['loc']}: {first['msg']}.",
+            hint="Start the version of zenray that wrote it, let it ship its log, and then start this one.",
+        ) from None
 
 
 def find_segments(folder: Path) -> list[Segment]:
@@ -60,7 +75,8 @@ class Wal:
         self._folder = folder
         self._boot_id = boot_id
         self._max_bytes = max_bytes
-        self._segment_bytes = max(4096, min(8 << 20, max_bytes // 16))
+        # Small, because what is acknowledged in a segment that is not finished is shipped again after a kill.
+        self._segment_bytes = max(4096, min(1 << 20, max_bytes // 16))
         self._retired_fds: list[int] = []
         self._fd = -1
         self._names_changed = True
