@@ -75,6 +75,8 @@ Publish it again.
 def test_a_message_keeps_the_cause_and_loses_the_stack() -> None:
     assert condense(RAY_MESSAGE) == (
         "Deploying app 'toy' failed with exception:\n"
+        "ray.exceptions.RayTaskError(RuntimeError): ray::build_serve_application() (pid=1, ip=127.0.0.1)\n"
+        "RuntimeError:\n"
         "zenray.spec.errors.CorruptData: model.safetensors: 5 bytes differ.\nPublish it again."
     )
     assert condense("all is well") == "all is well"

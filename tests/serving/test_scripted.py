@@ -43,7 +43,7 @@ async def test_a_stream_carries_running_usage_on_every_chunk_and_the_sum_at_the_
     assert running == [(choice, done) for done in range(1, 6) for choice in (0, 1)]
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 10
-    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 2, "created_cache_tokens": 0}
     report = engine.truth.report("chatcmpl-r1")
     (request,) = report["requests"]  # type: ignore[misc]
     assert (request["state"], request["by_choice"]) == ("finished", [5, 5])

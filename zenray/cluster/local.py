@@ -14,6 +14,7 @@ from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeApplic
 _PATH = "/api/serve/applications/"
 _TIMEOUT_S = 30.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_TRACEBACK = "Traceback (most recent call last):"
 _STARTING = frozenset({"STARTING", "RECOVERING", "UPDATING", "PENDING_MIGRATION"})
 
 
@@ -108,11 +109,12 @@ def _application(name: str, details: dict[str, Any], targets: dict[str, str]) ->
 
 
 def condense(message: str) -> str:
-    """What went wrong, without the stack: Ray's own first words, and the last exception of each traceback."""
-    message = _COLOUR.sub("", message).strip()
-    before, *tracebacks = message.split("Traceback (most recent call last):")
-    if not tracebacks:
-        return message
-    lines = tracebacks[-1].strip("\n").splitlines()
-    stack = next((index for index, line in enumerate(lines) if line and not line.startswith(" ")), 0)
-    return "\n".join(filter(None, (before.strip(), *lines[stack:])))
+    """What went wrong, without the stack: Ray's own words, and the exceptions with their messages, each once."""
+    kept: list[str] = []
+    in_frame = False
+    for line in _COLOUR.sub("", message).splitlines():
+        in_frame = line.startswith('  File "') or (in_frame and line.startswith("    "))
+        shown = line.replace(_TRACEBACK, "").rstrip()
+        if not in_frame and shown and not shown.startswith("ray::") and shown not in kept:
+            kept.append(shown)
+    return "\n".join(kept)

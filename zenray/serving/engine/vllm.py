@@ -12,6 +12,8 @@ import math
 import multiprocessing
 import os
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -80,25 +82,22 @@ class VllmEngine:
             await asyncio.to_thread(client.shutdown)
 
 
-class _forked_by_the_fork_server:
-    """While it is entered, vLLM starts processes through our fork server.
+@contextmanager
+def _forked_by_the_fork_server() -> Iterator[None]:
+    """While it is entered, vLLM starts its engine's process through our fork server.
 
-    Inside a Ray actor vLLM insists on `spawn`, because a fork would copy the actor's threads. Our fork server is a
-    process of its own, begun by exec, and has none of them. With `spawn` each of the engine's two processes imports
-    all of vLLM again, one after the other.
+    Inside a Ray actor vLLM insists on `spawn`, because a fork would copy the actor's threads; then each of the engine's
+    two processes imports all of vLLM again, one after the other. Our fork server is a process of its own, begun by
+    exec, and has no threads.
     """
+    from vllm.v1.engine import utils
 
-    def __enter__(self) -> None:
-        from vllm.utils import system_utils
-
-        self._original = system_utils.is_in_ray_actor
-        system_utils.is_in_ray_actor = lambda: False
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "forkserver"
-
-    def __exit__(self, *_: object) -> None:
-        from vllm.utils import system_utils
-
-        system_utils.is_in_ray_actor = self._original
+    original = utils.get_mp_context
+    utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+    try:
+        yield
+    finally:
+        utils.get_mp_context = original
 
 
 def engine_arguments(launch: EngineLaunch, folder: Path) -> dict[str, Any]:

@@ -76,6 +76,8 @@ class Wire:
         usage = self._usage(prompt_tokens, completion_tokens)
         usage.pop("completion_tokens_details", None)
         usage["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+        if self.chat:
+            usage["prompt_tokens_details"]["created_cache_tokens"] = 0
         chunk = self._head("chat.completion.chunk" if self.chat else "text_completion")
         return sse(chunk | {"choices": [], "usage": usage, "system_fingerprint": FINGERPRINT})
 
@@ -88,7 +90,7 @@ class Wire:
             "completion_tokens": completion_tokens,
             "prompt_tokens_details": {
                 "cached_tokens": cached,
-                "created_cache_tokens": None,
+                "created_cache_tokens": 0 if self.chat else None,
                 "multimodal_tokens": None,
             },
             "completion_tokens_details": None,
