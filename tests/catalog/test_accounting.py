@@ -123,11 +123,13 @@ def test_lora_by_hand() -> None:
     assert lora_parameters(dense(), 8, ["v_proj", "down_proj"]) == 2 * 8 * ((4 + 2) + (4 + 6))
     moe = dense(moe={"experts": 4, "top_k": 2, "expert_width": 5, "shared_width": 3}, dense_layers=[0])
     assert lora_parameters(moe, 1, ["up_proj"]) == (4 + 6) + 4 * (4 + 5) + (4 + 3)
-    assert lora_parameters(moe, 1, ["gate"]) == 4 + 4
+    assert lora_parameters(moe, 1, ["mlp.experts.*.up_proj"]) == 4 * (4 + 5)
+    assert lora_parameters(moe, 1, ["mlp.gate"]) == 4 + 4
     with pytest.raises(InvalidValue, match=r"no module 'qproj'.*Did you mean 'q_proj'"):
         lora_parameters(dense(), 8, ["qproj"])
-    with pytest.raises(InvalidValue, match="no module 'gate'"):
-        lora_parameters(dense(), 8, ["gate"])
+    for module in ("mlp.gate", "mlp.experts.*.up_proj"):
+        with pytest.raises(InvalidValue, match=r"no module 'mlp\."):
+            lora_parameters(dense(), 8, [module])
 
 
 @pytest.mark.parametrize("entry", list(CATALOG), ids=lambda entry: entry.name)

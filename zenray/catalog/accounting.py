@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from zenray.spec.dimensions import ModelDimensions
 from zenray.spec.errors import InvalidValue, suggest
 
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate")
+_FFN_MODULES = ("gate_proj", "up_proj", "down_proj")
+_EXPERTS = "mlp.experts.*."
 
 
 @dataclass(frozen=True)
@@ -131,27 +132,34 @@ def weights_bytes(dimensions: ModelDimensions, bytes_per_parameter: float) -> in
 def lora_parameters(dimensions: ModelDimensions, rank: int, target_modules: Iterable[str]) -> int:
     """Trainable weights of a LoRA adapter: rank × (inputs + outputs) for each target matrix.
 
-    `gate_proj`, `up_proj`, `down_proj` mean every FFN: dense, shared and each expert; `gate` is the router. Raises
-    InvalidValue for a module that the network does not have.
+    `gate_proj`, `up_proj`, `down_proj` mean every FFN (dense, shared and each expert), with `mlp.experts.*.` before
+    them only the routed experts; `mlp.gate` is the router. InvalidValue for a module that the network does not have.
     """
+    return rank * sum(_lora_ends(dimensions, module) for module in target_modules)
+
+
+def _lora_ends(dimensions: ModelDimensions, module: str) -> int:
+    """Inputs plus outputs of all matrices that `module` means."""
     hidden, q, kv = dimensions.hidden_size, dimensions.q_width, dimensions.kv_width
-    attention = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
+    attention = {"q_proj": hidden + q, "k_proj": hidden + kv, "v_proj": hidden + kv, "o_proj": q + hidden}
     moe, sparse = dimensions.moe, len(dimensions.sparse_layers)
-    widths = [dimensions.ffn_width] * (dimensions.layers - sparse)
+    experts = list(moe.widths) * sparse if moe else []
+    others = [dimensions.ffn_width] * (dimensions.layers - sparse)
+    if moe and moe.shared_width:
+        others += [moe.shared_width] * sparse
+    if module in attention:
+        return dimensions.layers * attention[module]
+    if module in _FFN_MODULES:
+        return sum(hidden + width for width in (*experts, *others))
+    if moe and module.removeprefix(_EXPERTS) in _FFN_MODULES:
+        return sum(hidden + width for width in experts)
+    if moe and module == "mlp.gate":
+        return sparse * (hidden + moe.experts)
+    known = (*attention, *_FFN_MODULES)
     if moe:
-        widths += [width for width in (*moe.widths, moe.shared_width) if width] * sparse
-    ends = 0
-    for module in target_modules:
-        if module in attention:
-            ends += dimensions.layers * sum(attention[module])
-        elif module in ("gate_proj", "up_proj", "down_proj"):
-            ends += sum(hidden + width for width in widths)
-        elif module == "gate" and moe:
-            ends += sparse * (hidden + moe.experts)
-        else:
-            raise InvalidValue(
-                f"The network has no module {module!r} that LoRA could adapt.",
-                hint=suggest(module, LORA_MODULES if moe else LORA_MODULES[:-1]),
-                param="target_modules",
-            )
-    return rank * ends
+        known += ("mlp.gate", *(_EXPERTS + name for name in _FFN_MODULES))
+    raise InvalidValue(
+        f"The network has no module {module!r} that LoRA could adapt.",
+        hint=suggest(module, known),
+        param="target_modules",
+    )

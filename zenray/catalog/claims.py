@@ -106,3 +106,4 @@ class Claims(Document):
     lora: ClaimedLora | None = None
     quality_vs_dense_percent: float | None = Field(None, gt=0)
     flops_vs_dense: float | None = Field(None, gt=0)
+    dense_parameters: int | None = Field(None, ge=1, description="Of that dense model; None: as many as this one's.")
