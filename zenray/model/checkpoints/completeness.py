@@ -37,6 +37,10 @@ def load_config(folder: Path) -> PretrainedConfig:
             f"{folder / 'config.json'}: the weights are quantized ({method}).",
             hint="Import the model's original bf16, fp16 or fp32 weights, or a GGUF file.",
         )
+    if raw.get("model_type") == "zen_mode":
+        from zenray.model import hf
+
+        hf.register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises what it likes for a config that it cannot read

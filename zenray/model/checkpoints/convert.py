@@ -40,13 +40,10 @@ def convert(source: Path, target: Path, *, dtype: str = "bfloat16", on_converted
 
     Raises InvalidDocument saying what is missing or cannot be imported; NotFound; InvalidValue.
     """
-    from zenray.model import hf
-
     if dtype not in DTYPES:
         raise InvalidValue(f"Weights cannot be stored as {dtype!r}.", hint=suggest(dtype, DTYPES))
     if target.exists():
         raise InvalidValue(f"{target} exists already.")
-    hf.register()
     found = recognise(source)
     partial = target.with_name(target.name + ".zenray-part")
     shutil.rmtree(partial, ignore_errors=True)

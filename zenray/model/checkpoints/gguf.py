@@ -27,17 +27,19 @@ def convert_gguf(file: Path, target: Path, dtype: str, on_converted: OnConverted
     """
     size_bytes = file.stat().st_size
     on_converted(0, size_bytes)
-    metadata = _read_metadata(file)
+    metadata, names = _read_metadata(file)
     _convert_weights(file, target, dtype)
+    _check_position_scaling(file, target, metadata, names)
     tokenizer = _convert_tokenizer(file, metadata)
     tokenizer.save_pretrained(target)
     on_converted(size_bytes, size_bytes)
 
 
-def _read_metadata(file: Path) -> dict[str, Any]:
+def _read_metadata(file: Path) -> tuple[dict[str, Any], set[str]]:
+    """The file's metadata and its tensors' names."""
     try:
         header = GgufHeader.from_file(str(file))
-        metadata, _ = read_gguf_metadata(str(file))
+        metadata, names = read_gguf_metadata(str(file))
     except Exception as error:  # a cut or foreign header fails in any of a dozen ways
         raise InvalidDocument(f"{file} has no GGUF header that can be read: {error}") from None
     end_bytes = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
@@ -47,7 +49,21 @@ def _read_metadata(file: Path) -> dict[str, Any]:
         raise InvalidDocument(
             f"{file} is one of {metadata['split.count']} parts.", hint="Merge them with llama-gguf-split --merge."
         )
-    return metadata
+    return metadata, set(names)
+
+
+def _check_position_scaling(file: Path, target: Path, metadata: dict[str, Any], names: set[str]) -> None:
+    """transformers reads no scaled rotary positions (Llama 3.1, YaRN, LongRoPE) out of a GGUF file: refuse those."""
+    kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
+    factors = sorted(name for name in names if name.startswith(("rope_freqs", "rope_factors")))
+    if kind in ("none", "") and not factors:
+        return
+    rope = read_json(target / "config.json").get("rope_parameters") or {}
+    if rope.get("rope_type", "default") == "default":
+        raise InvalidDocument(
+            f"{file}: its positions are scaled ({', '.join(factors) or kind}), which cannot be carried over from GGUF.",
+            hint="Import the model's safetensors folder.",
+        )
 
 
 def _convert_weights(file: Path, target: Path, dtype: str) -> None:
