@@ -30,7 +30,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.load import Load, drive
-from benchmarks.report import print_report
+from benchmarks.report import Cell, print_report
 from zenray.cli.client import ControlClient
 from zenray.cli.home import Home
 from zenray.serving.engine.base import EngineLaunch
@@ -125,25 +125,16 @@ def vllm_up(home: Home) -> Iterator[Target]:
     document = yaml.safe_load(CLUSTER_FILE.read_text(encoding="utf-8"))
     spec = next(d for d in map(DeploymentSpec.model_validate, document["deployments"]) if d.model == MODEL)
     folder = served_weights(home)
-    launch = EngineLaunch(MODEL, folder, spec.engine, spec.cpus_per_replica, spec.gpus_per_replica)
+    launch = EngineLaunch(MODEL, spec.engine, spec.cpus_per_replica, spec.gpus_per_replica)
     port, key = free_port(), secrets.token_urlsafe(24)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += [
-        "--served-model-name",
-        MODEL,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--disable-uvicorn-access-log",
-    ]
-    command += [*flags(engine_arguments(launch))]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags(engine_arguments(launch, folder))]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
     log_file = home.logs / "benchmark-vllm.log"
     tell("starting vLLM's own server")
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **environment(launch), "VLLM_API_KEY": key},
+            env={**os.environ, **environment(launch.cpus, launch.gpus), "VLLM_API_KEY": key},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -168,6 +159,8 @@ def flags(arguments: dict[str, object]) -> list[str]:
         if isinstance(value, bool):
             if name != "disable_log_stats" or value:
                 spelled.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            spelled += [f"--{flag}", *map(str, value)]
         elif isinstance(value, dict):
             spelled += [f"--{flag}", json.dumps(value)]
         elif value is not None:
@@ -211,7 +204,7 @@ def report(vllm: Target, zenray: Target, sizes: Sizes) -> None:
     """Medians over the rounds; difference and ratio are taken within each round first."""
     added_ms = [ours - theirs for ours, theirs in zip(zenray.p50_ms[1:], vllm.p50_ms[1:], strict=True)]
     ratios = [ours / theirs for ours, theirs in zip(zenray.tokens_per_s[1:], vllm.tokens_per_s[1:], strict=True)]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             target.name,
             statistics.median(target.p50_ms[1:]),
