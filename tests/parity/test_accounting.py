@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -26,7 +28,7 @@ from transformers import (
 )
 
 from zenray.catalog import Catalog, ModelEntry
-from zenray.catalog.accounting import count_parameters, flops_per_token, kv_cache_bytes_per_token
+from zenray.catalog.accounting import count_parameters, flops_per_token, kv_cache_bytes_per_token, lora_parameters
 from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
 from zenray.model.network import MoDE
 from zenray.spec.dimensions import ModelDimensions
@@ -240,3 +242,36 @@ def test_kv_cache_is_what_transformers_keeps(values: dict[str, Any], kind: type[
         model(torch.arange(8)[None], past_key_values=cache)
     kept_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert kept_bytes == 8 * kv_cache_bytes_per_token(dimensions, bytes_per_value=4)
+
+
+ALL_PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ALL_PROJECTIONS])
+def test_lora_parameters_are_those_that_peft_trains(target_modules: list[str]) -> None:
+    dimensions, model = tiny(TINY | {"ffn_width": 48}, LlamaForCausalLM)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=target_modules))
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trainable == lora_parameters(dimensions, 4, target_modules)
+
+
+def test_router_lora_is_what_peft_trains_on_the_same_matrix() -> None:
+    # transformers fuses the experts and keeps the router as a bare parameter; as separate matrices they are these.
+    dimensions = ModelDimensions.model_validate(TINY | {"moe": TINY_MOE | {"shared_width": 24}})
+    layer = nn.ModuleDict({"router": nn.Linear(32, 4, bias=False)})
+    for name, width in [(f"expert-{i}", 16) for i in range(4)] + [("shared", 24)]:
+        layer[name] = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(32, width, bias=False),
+                "up_proj": nn.Linear(32, width, bias=False),
+                "down_proj": nn.Linear(width, 32, bias=False),
+            }
+        )
+    for ours, theirs in (
+        (["mlp.gate"], ["router"]),
+        (["gate_proj", "up_proj", "down_proj"], ["gate_proj", "up_proj", "down_proj"]),
+        (["mlp.experts.*.down_proj"], [f"expert-{i}.down_proj" for i in range(4)]),
+    ):
+        adapted = get_peft_model(copy.deepcopy(layer), LoraConfig(r=4, target_modules=theirs))  # type: ignore[arg-type]
+        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert dimensions.layers * trainable == lora_parameters(dimensions, 4, ours)
