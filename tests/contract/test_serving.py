@@ -1,0 +1,203 @@
+"""What zenray's serving assumes of Ray Serve and vLLM, without starting either."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+from pydantic import ValidationError
+
+from tests.cluster.scripted_apps import Publisher
+from zenray.serving.autoscaling import _RUNNING_REQUESTS, autoscaling_options, policy
+from zenray.serving.engine.base import EngineLaunch
+from zenray.serving.engine.wire import FINGERPRINT, Wire
+from zenray.spec.deployments import Autoscaling, EngineSettings
+
+pytestmark = [
+    pytest.mark.contract,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Ray's and vLLM's own making
+]
+
+
+def context(running: int, mean: float, newest: list[float], queued: float = 0) -> Any:
+    from ray.serve._private.common import RUNNING_REQUESTS_KEY
+    from ray.serve.config import AutoscalingConfig, AutoscalingContext
+
+    series = {f"replica-{i}": [SimpleNamespace(value=99.0), SimpleNamespace(value=v)] for i, v in enumerate(newest)}
+    return AutoscalingContext(
+        deployment_id=None,
+        deployment_name="m",
+        app_name="a",
+        current_num_replicas=running,
+        target_num_replicas=running,
+        running_replicas=[],
+        total_num_requests=mean,
+        total_queued_requests=queued,
+        aggregated_metrics=None,
+        raw_metrics={RUNNING_REQUESTS_KEY: series},
+        capacity_adjusted_min_replicas=0,
+        capacity_adjusted_max_replicas=9,
+        policy_state={},
+        last_scale_up_time=None,
+        last_scale_down_time=None,
+        current_time=0.0,
+        config=AutoscalingConfig(**autoscaling_options(Autoscaling(max_replicas=9, target_ongoing_requests=2))),
+    )
+
+
+def test_rays_context_is_read_as_it_is() -> None:
+    from ray.serve._private.common import RUNNING_REQUESTS_KEY
+
+    assert RUNNING_REQUESTS_KEY == _RUNNING_REQUESTS
+    assert policy(context(2, 12, [5, 3]))[0] == 4
+    assert policy(context(2, 12, [0, 0]))[0] == 2
+    assert policy(context(2, 12, [0, 0], queued=10))[0] == 5
+
+
+def test_a_sleeping_deployment_proves_its_version_first() -> None:
+    from ray.serve.config import AutoscalingConfig
+
+    options = autoscaling_options(Autoscaling(min_replicas=0, max_replicas=4, downscale_delay_s=30))
+    assert (options["min_replicas"], options["initial_replicas"]) == (0, 1)
+    assert AutoscalingConfig(**options).downscale_delay_s == 30
+
+
+def test_ray_serve_takes_the_application_as_it_is_built(tmp_path: Any) -> None:
+    from zenray.serving.app import build
+
+    app = Publisher(tmp_path).application("model-name", autoscaling=Autoscaling(max_replicas=3), drain_s=77)
+    deployment = build(app.args)._bound_deployment
+    assert deployment.name == "model-name"
+    assert deployment._deployment_config.graceful_shutdown_timeout_s == 77
+    assert deployment._deployment_config.max_constructor_retry_count == 2
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.max_replicas, scaling.policy.policy_function) == (3, "zenray.serving.autoscaling:policy")
+    assert deployment.ray_actor_options["num_cpus"] == 0.1
+    with pytest.raises(ValidationError, match="deploymant"):
+        build({**app.args, "deploymant": {}})
+
+
+class TestTheWireIsVllms:
+    """The scripted engine's bytes against those of vLLM's own response models, filled as vLLM's serving fills them."""
+
+    wire = Wire(chat=True, id="chatcmpl-1", model="m", created=int(time.time()))
+    older = Wire(chat=False, id="cmpl-1", model="m", created=int(time.time()))
+
+    @staticmethod
+    def sse(chunk: Any, **options: Any) -> bytes:
+        return f"data: {chunk.model_dump_json(exclude_unset=True, **options)}\n\n".encode()
+
+    def chat_chunk(self, choices: list[Any], **fields: Any) -> Any:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+
+        return ChatCompletionStreamResponse(
+            id=self.wire.id,
+            object="chat.completion.chunk",
+            created=self.wire.created,
+            choices=choices,
+            model="m",
+            **fields,
+        )
+
+    @pytest.mark.parametrize("continuous", [False, True])
+    def test_role(self, continuous: bool) -> None:
+        from vllm.entrypoints.openai.chat_completion import serving as s
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponseStreamChoice as Choice
+
+        delta = s.DeltaMessage(role="assistant", content="")
+        choice = Choice(index=0, delta=delta, logprobs=None, finish_reason=None)
+        chunk = self.chat_chunk([choice], prompt_token_ids=None, prompt_text=None)
+        if continuous:
+            chunk.usage = s.UsageInfo(
+                prompt_tokens=5, completion_tokens=0, total_tokens=5, completion_tokens_details=None
+            )
+        assert self.wire.role_chunk(0, 5 if continuous else None) == self.sse(chunk)
+
+    @pytest.mark.parametrize("finish", [None, "length"])
+    def test_token(self, finish: str | None) -> None:
+        from vllm.entrypoints.openai.chat_completion import serving as s
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponseStreamChoice as Choice
+
+        ending = {} if finish is None else {"stop_reason": None}
+        delta = s.DeltaMessage(content=" t0")
+        choice = Choice(index=1, delta=delta, logprobs=None, finish_reason=finish, token_ids=None, **ending)
+        chunk = self.chat_chunk([choice])
+        made = self.wire.token_chunk(1, " t0", finish, running=None, usage_follows=True)
+        assert made == self.sse(chunk)
+        chunk.usage = s.UsageInfo(prompt_tokens=5, completion_tokens=3, total_tokens=8, completion_tokens_details=None)
+        assert self.wire.token_chunk(1, " t0", finish, running=(5, 3), usage_follows=True) == self.sse(chunk)
+
+    def test_final_usage(self) -> None:
+        from vllm.entrypoints.openai.chat_completion import serving as s
+
+        usage = s.UsageInfo(prompt_tokens=5, completion_tokens=3, total_tokens=8, completion_tokens_details=None)
+        usage.prompt_tokens_details = s._make_prompt_tokens_details(True, 2, 0, None)
+        chunk = self.chat_chunk([], usage=usage, system_fingerprint=FINGERPRINT, metrics=None)
+        assert self.wire.usage_chunk(5, 3, 2) == self.sse(chunk, exclude_none=True)
+
+    @pytest.mark.parametrize("finish", [None, "stop"])
+    def test_older_completions(self, finish: str | None) -> None:
+        from vllm.entrypoints.openai.completion import serving as s
+
+        choice = s.CompletionResponseStreamChoice(
+            index=0,
+            text="x",
+            logprobs=None,
+            finish_reason=finish,
+            stop_reason=None,
+            prompt_token_ids=None,
+            token_ids=None,
+        )
+        chunk = s.CompletionStreamResponse(
+            id=self.older.id, object="text_completion", created=self.older.created, model="m", choices=[choice]
+        )
+        chunk.usage = s.UsageInfo(prompt_tokens=2, completion_tokens=1, total_tokens=3)
+        assert self.older.token_chunk(0, "x", finish, running=(2, 1), usage_follows=True) == self.sse(chunk)
+        usage = s.UsageInfo(prompt_tokens=2, completion_tokens=1, total_tokens=3)
+        usage.prompt_tokens_details = s.PromptTokenUsageInfo(cached_tokens=1)
+        last = s.CompletionStreamResponse(
+            id=self.older.id,
+            created=self.older.created,
+            model="m",
+            choices=[],
+            usage=usage,
+            system_fingerprint=FINGERPRINT,
+            metrics=None,
+        )
+        expected = f"data: {last.model_dump_json(exclude_unset=False, exclude_none=True)}\n\n".encode()
+        assert self.older.usage_chunk(2, 1, 1) == expected
+
+    def test_whole(self) -> None:
+        from vllm.entrypoints.openai.chat_completion import protocol as p
+        from vllm.entrypoints.openai.chat_completion import serving as s
+
+        usage = s.UsageInfo(prompt_tokens=5, completion_tokens=1, total_tokens=6)
+        usage.prompt_tokens_details = s._make_prompt_tokens_details(True, 2, 0, None)
+        message = p.ChatMessage(role="assistant", content="hi")
+        choice = p.ChatCompletionResponseChoice(index=0, message=message, finish_reason="stop")
+        whole = p.ChatCompletionResponse(
+            id=self.wire.id,
+            created=self.wire.created,
+            model="m",
+            choices=[choice],
+            usage=usage,
+            system_fingerprint=FINGERPRINT,
+        )
+        assert orjson.loads(self.wire.whole([("hi", "stop")], 5, 1, 2)) == orjson.loads(whole.model_dump_json())
+
+
+def test_vllm_knows_every_argument_that_it_is_given(tmp_path: Any) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+    from vllm.v1.engine import utils
+
+    from zenray.serving.engine.vllm import engine_arguments
+
+    for gpus in (0, 1):
+        launch = EngineLaunch(model="m", settings=EngineSettings(), cpus=1, gpus=gpus)
+        assert AsyncEngineArgs(**engine_arguments(launch, tmp_path)).served_model_name == ["m"]
+    assert FrontendArgs(enable_prompt_tokens_details=True, disable_fastapi_docs=True).enable_prompt_tokens_details
+    assert callable(utils.get_mp_context), "the fork server is put in its place"
