@@ -19,6 +19,7 @@ import yaml
 from rich.panel import Panel
 
 from zenray.cli.client import ControlClient
+from zenray.cli.commands.accounts import wait_until_known
 from zenray.cli.home import Home, RunningPlatform
 from zenray.cli.output import console, errors, show_facts, show_table
 from zenray.spec.documents import load_document
@@ -52,6 +53,9 @@ def main() -> None:
     except ZenrayError as error:
         errors.print(f"[bold red]error:[/bold red] {error}")
         sys.exit(1)
+    except openai.OpenAIError as error:
+        errors.print(f"[bold red]error:[/bold red] the gateway did not answer as it should: {error}")
+        sys.exit(1)
 
 
 def _run(home: Home) -> None:
@@ -62,6 +66,7 @@ def _run(home: Home) -> None:
         running = home.running()
         console.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/dim]  {MODEL} answers")
         org, key = _make_customer(ControlClient.connect(home))
+        wait_until_known(running.gateway_url, key)
         client = openai.OpenAI(base_url=f"{running.gateway_url}/v1", api_key=key)
         answers = [
             _ask_whole(client, "What is the capital of France?"),

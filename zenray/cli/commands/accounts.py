@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Annotated
 
+import httpx
 import typer
 
 from zenray.cli.client import ControlClient
@@ -48,9 +50,13 @@ def create_key(
     name: Annotated[str | None, typer.Option(help="To recognise it by in lists.")] = None,
 ) -> None:
     """Create an API key for ORG and print it. It is shown this one time; only its hash is kept."""
+    home = Home.from_environment()
     body = {"org": org, "scopes": scope or ["*"], "name": name}
-    key = ControlClient.connect(Home.from_environment()).post("/admin/keys", body)
-    console.print(key["key"])
+    key = ControlClient.connect(home).post("/admin/keys", body)["key"]
+    running = home.running_or_none()
+    if running is not None:
+        wait_until_known(running.gateway_url, key)
+    console.print(key)
 
 
 @keys.command("list")
@@ -112,6 +118,21 @@ def usage(
             for row in rows
         ],
     )
+
+
+def wait_until_known(gateway_url: str, key: str, timeout_s: float = 3.0) -> None:
+    """Return when the gateway takes a new key, so that it works the moment it is shown; at the latest after 3 s."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        try:
+            answer = httpx.get(
+                f"{gateway_url}/v1/models", headers={"authorization": f"Bearer {key}"}, timeout=2.0, trust_env=False
+            )
+        except httpx.HTTPError:
+            return  # no gateway to wait for
+        if answer.status_code != 401:
+            return
+        time.sleep(0.05)
 
 
 def _key_state(row: dict[str, object]) -> str:
