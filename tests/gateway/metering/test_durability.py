@@ -137,6 +137,31 @@ def test_segments_go_when_all_in_them_is_acknowledged(make_meter: MakeMeter, tmp
     assert ledger.events == expected
 
 
+def test_acknowledged_out_of_order_nothing_unshipped_is_deleted(make_meter: MakeMeter, tmp_path: Path) -> None:
+    meter = make_meter(max_wal_bytes=1 << 16)
+    events = [open_charge(meter).close(Outcome.COMPLETED, FINAL) for _ in range(20)]
+    assert len(list((tmp_path / "wal").glob("*.wal"))) > 3
+    meter.acknowledge(event.billing_key for event in events[1:])
+    meter.commit()
+    assert meter.pending(100) == events[:1]
+    die(meter)
+    assert make_meter(max_wal_bytes=1 << 16).pending(100)[0] == events[0]
+
+
+def test_a_start_that_fails_half_way_bills_the_interrupted_at_the_next(make_meter: MakeMeter) -> None:
+    meter = make_meter()
+    charges = [open_charge(meter) for _ in range(10)]
+    for tokens, charge in enumerate(charges):
+        charge.count(0, 5, tokens)
+    die(meter)
+    with files_end_at(3000), pytest.raises(MeterFull, match="cannot be written"):  # three of ten closes, and slots
+        make_meter()
+    events = {event.billing_key: event.usage for event in make_meter().pending(100)}
+    assert events == {
+        charge.billing_key: Usage(input_tokens=5, output_tokens=tokens) for tokens, charge in enumerate(charges)
+    }
+
+
 def test_what_memory_does_not_hold_is_shipped_from_the_disk(
     make_meter: MakeMeter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import mmap
 import os
-import random
 import resource
 import signal
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
 
+from tests.gateway.metering.conftest import open_charge
+from zenray.gateway.metering import Meter
 from zenray.gateway.metering.slots import OUTPUT_BITS, OUTPUT_MASK, SlotFile, StoredSlots, counter_index, total
+from zenray.spec.clock import FakeClock
+from zenray.spec.usage import Outcome
 
 
 def test_a_counter_is_believed_only_for_its_own_generation(tmp_path: Path) -> None:
@@ -63,27 +67,39 @@ def test_without_room_on_the_disk_there_is_an_error_and_no_file(tmp_path: Path) 
     assert not (tmp_path / "slots").exists()
 
 
-def test_a_store_is_never_seen_torn(tmp_path: Path) -> None:
-    """A child stores counters whose two halves are equal; whoever reads, at any time, must see equal halves."""
-    slots = SlotFile(tmp_path / "slots", 1)
-    slots.claim(0, 1)
+def test_a_count_is_never_seen_torn(tmp_path: Path) -> None:
+    """A child counts as many input as output tokens; whoever reads its slot, at any time, must see equal halves."""
     child = os.fork()
     if child == 0:
-        index, value = counter_index(0), 0
-        while True:
-            value = (value * 1_103_515_245 + 12_345) & OUTPUT_MASK  # all bytes change
-            slots.words[index] = value << OUTPUT_BITS | value
+        try:
+            count_for_ever(tmp_path / "wal")
+        finally:
+            os._exit(1)
     try:
-        with open(tmp_path / "slots", "rb") as file:
+        until_s = time.monotonic() + 20
+        while not list((tmp_path / "wal").glob("slots-*")) and time.monotonic() < until_s:
+            time.sleep(0.001)
+        (path,) = (tmp_path / "wal").glob("slots-*")
+        with open(path, "rb") as file:
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("Q")
         seen = set()
-        until_s = time.monotonic() + 0.3 + random.random() / 100
-        while time.monotonic() < until_s:
+        while len(seen) < 5000 and time.monotonic() < until_s:
             word = view[counter_index(0)]
             assert word >> OUTPUT_BITS == word & OUTPUT_MASK
             seen.add(word)
-        assert len(seen) > 100
+        assert len(seen) == 5000
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        slots.close()
+
+
+def count_for_ever(folder: Path) -> None:
+    meter = Meter(folder, "gw-1", max_streams=1, max_wal_bytes=1 << 30, clock=FakeClock())
+    meter._free = deque([0])  # one slot only, so that the reader knows where to look
+    while True:
+        charge = open_charge(meter)
+        for tokens in range(0, OUTPUT_MASK, 0x010203):
+            charge.count(0, tokens, tokens)
+        charge.close(Outcome.CLIENT_GONE)
+        meter.acknowledge([charge.billing_key])
+        meter.commit()

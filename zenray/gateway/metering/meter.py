@@ -309,8 +309,8 @@ class Meter:
         self._owed_bytes -= len(charge.head) + MAX_END_BYTES
 
     def _price_json(self, price: Price) -> orjson.Fragment:
-        known = self._prices.get(id(price))
-        if known is None or known[0] is not price:
+        known = self._prices.get(id(price))  # a price that is held here keeps its id to itself
+        if known is None:
             if len(self._prices) > 1000:  # prices change with snapshots; old ones must not pile up
                 self._prices.clear()
             known = self._prices[id(price)] = (price, orjson.Fragment(price.model_dump_json()))
