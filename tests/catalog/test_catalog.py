@@ -333,6 +333,12 @@ def test_a_packaged_name_cannot_be_taken(tmp_path: Path) -> None:
         Catalog.load([tmp_path])
 
 
+def test_the_name_of_automatic_routing_cannot_be_taken(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", USER_MODEL.replace("my-model", "zen-auto"))
+    with pytest.raises(InvalidDocument, match=r"a\.yaml: the name 'zen-auto' stands for automatic routing"):
+        Catalog.load([tmp_path])
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidDocument, match="no such folder"):
         Catalog.load([tmp_path / "nowhere"])

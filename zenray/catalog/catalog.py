@@ -78,6 +78,12 @@ class Catalog:
         return tuple(entry for entry in self if entry.variant_of == name)
 
     def _check_routing(self) -> None:
+        auto = self._entries.get(self.family.auto.name)
+        if auto is not None:
+            raise InvalidDocument(
+                f"{auto.file}: the name {auto.name!r} stands for automatic routing.",
+                hint="Give the model a name of its own.",
+            )
         for name in self.family.named_models():
             if name not in self._entries:
                 raise InvalidDocument(
