@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 HEAVY = {"contract", "parity", "e2e"}  # folders of tests/ whose tests may use the real world
@@ -22,6 +23,11 @@ for _name in [name for name in os.environ if name.startswith(_FOREIGN) and name 
     del os.environ[_name]
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # boto3 would look for credentials on a link-local address
+
+# No deadline: on a busy machine it fails tests for being slow once. `make nightly` asks for the second profile.
+hypothesis.settings.register_profile("check", max_examples=40, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile("check")
 
 
 @pytest.fixture(autouse=True)
