@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -159,6 +160,15 @@ def test_killed_at_random_moments_it_loses_and_doubles_nothing(control: ControlP
     # Every answer that was lost was asked for again under its number, so nothing leaked: all that was lent is spent.
     assert balance["held_nano_usd"] == 0
     assert status["ledger"] == {"ok": True, "differences": []}
+
+
+def test_the_same_thing_made_by_many_at_once_is_made_once(control: ControlProcess) -> None:
+    def make(number: int) -> int:
+        with control.client("admin") as admin:
+            return admin.post("/admin/orgs", json={"name": "popular"}).status_code
+
+    with ThreadPoolExecutor(8) as many:
+        assert sorted(many.map(make, range(16))) == [201] + [409] * 15
 
 
 def test_asked_to_stop_it_answers_open_polls_and_ends_within_five_seconds(control: ControlProcess) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy
 
 from tests.control.events import event
 from zenray.catalog.catalog import Catalog
 from zenray.cluster.fake import FakeCluster
+from zenray.control.api.limits import BodyLimit
 from zenray.control.app import Control, build_control
 from zenray.control.config import ControlConfig
 from zenray.spec.edge import Snapshot, UsageBatch
@@ -58,6 +60,9 @@ class Client:
         if body is not None:
             more["json"] = body
         return await self._http.request(method, path, headers=headers, **more)
+
+    def token(self, who: str) -> str:
+        return self._tokens[who]
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -275,3 +280,41 @@ def test_tokens_are_made_once_and_only_their_owner_reads_them(tmp_path: Path, ca
     assert tokens[0] == tokens[1] and tokens[0][0] != tokens[0][1] and len(tokens[0][0]) > 40
     for who in ("admin", "edge"):
         assert stat.S_IMODE((config.state_dir / f"{who}.token").stat().st_mode) == 0o600
+
+
+async def test_a_body_that_is_too_large_is_refused_unread(client: Client, control: Control) -> None:
+    transport = httpx.ASGITransport(app=BodyLimit(control.app, max_bytes=100))
+    headers = {"authorization": "Bearer nobody"}
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"x" * 10
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://control", headers=headers) as http:
+        declared = await http.post("/edge/usage", content=b"x" * 101)
+        assert "100 bytes" in error_of(declared, 413)["message"]
+        error_of(await http.post("/edge/usage", content=pieces()), 401)  # nobody's body is not even read
+        http.headers["authorization"] = f"Bearer {client.token('edge')}"
+        assert error_of(await http.post("/edge/usage", content=pieces()), 413)["code"] == "request_too_large"
+
+
+async def test_a_full_disk_is_a_clear_answer_and_does_no_harm(client: Client, control: Control) -> None:
+    await client.ask("POST", "/admin/orgs", {"name": "acme"})
+    await client.ask("POST", "/admin/orgs/acme/credits", {"amount_usd": "1"})
+    engine = control.database.engine
+
+    def no_more_pages(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA max_page_count = 1")  # SQLite takes this as "what it has now"
+
+    sqlalchemy.event.listen(engine, "connect", no_more_pages)
+    engine.dispose()
+    batch = UsageBatch(gateway_id="g1", boot_id="b1", events=tuple(event(n) for n in range(5000)))
+    body = batch.model_dump(mode="json")
+    full = await client.ask("POST", "/edge/usage", body, who="edge")
+    assert error_of(full, 503)["code"] == "server_is_overloaded" and full.headers["retry-after"] == "1"
+    sqlalchemy.event.remove(engine, "connect", no_more_pages)
+    engine.dispose()
+    ack = (await client.ask("POST", "/edge/usage", body, who="edge")).json()
+    assert ack == {"received": 5000, "new": 5000}
+    status = (await client.ask("GET", "/admin/status")).json()
+    assert status["ledger"]["ok"]

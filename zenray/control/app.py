@@ -20,6 +20,7 @@ from zenray.control.api.context import ControlContext
 from zenray.control.api.deployments import deployments_router
 from zenray.control.api.errors import install_error_handlers
 from zenray.control.api.gauges import DatabaseGauges
+from zenray.control.api.limits import BodyLimit
 from zenray.control.api.operations import operations_router
 from zenray.control.auth.tokens import TokenDoor, load_token
 from zenray.control.config import ControlConfig
@@ -103,6 +104,7 @@ def build_control(
     registry = CollectorRegistry()
     registry.register(DatabaseGauges(database, clock))
     install_error_handlers(app)
+    app.add_middleware(BodyLimit)
     app.include_router(operations_router(context, registry))
     app.include_router(accounts_router(context))
     app.include_router(deployments_router(context))

@@ -28,7 +28,7 @@ from zenray.spec.money import format_usd, usd_to_nano_usd
 
 
 def accounts_router(control: ControlContext) -> APIRouter:
-    router = APIRouter(prefix="/admin", dependencies=[Depends(control.admit_admin)], tags=["accounts"])
+    router = APIRouter(prefix="/admin", dependencies=[Depends(control.admin_door.dependency())], tags=["accounts"])
     database, clock = control.database, control.clock
 
     @router.post("/orgs", status_code=201)

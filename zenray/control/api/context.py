@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-from fastapi import Header
 
 from zenray.catalog.catalog import Catalog
 from zenray.control.auth.tokens import TokenDoor
@@ -28,7 +25,3 @@ class ControlContext:
     applications: ApplicationFactory
     reconciler: Reconciler
     key_prefix: str
-
-    def admit_admin(self, authorization: Annotated[str | None, Header()] = None) -> None:
-        """A dependency of routes that only operators may use."""
-        self.admin_door.check(authorization)

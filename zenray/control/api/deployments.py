@@ -24,7 +24,7 @@ EVENTS_SHOWN = 50
 
 
 def deployments_router(control: ControlContext) -> APIRouter:
-    router = APIRouter(prefix="/admin", dependencies=[Depends(control.admit_admin)], tags=["deployments"])
+    router = APIRouter(prefix="/admin", dependencies=[Depends(control.admin_door.dependency())], tags=["deployments"])
     database, clock = control.database, control.clock
 
     @router.put("/deployments/{model}")

@@ -11,10 +11,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
-from zenray.spec.errors import InvalidRequest, InvalidValue, NotFound, Unavailable, UnknownField, ZenrayError
+from zenray.spec.errors import Conflict, InvalidRequest, InvalidValue, NotFound, Unavailable, UnknownField, ZenrayError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,9 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ZenrayError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(OperationalError, _database)
+    for unanswered in (OperationalError, InterfaceError, TimeoutError):
+        app.add_exception_handler(unanswered, _database)
+    app.add_exception_handler(IntegrityError, _raced)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -58,6 +60,12 @@ async def _database(_request: Request, error: Exception) -> JSONResponse:
     """Away, full, locked for too long, or a deadlock: nothing was written, and the same request may be sent again."""
     logger.error("the database refused: %s", error)
     return render(Unavailable("The database cannot answer now.", hint="Send the request again.", retry_after_s=1))
+
+
+async def _raced(request: Request, error: Exception) -> JSONResponse:
+    """Two made the same thing at the same moment on PostgreSQL; the other one was first."""
+    logger.info("%s %s lost a race: %s", request.method, request.url.path, type(error).__name__)
+    return render(Conflict("Somebody else has just made the same thing.", hint="Look, or send the request again."))
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

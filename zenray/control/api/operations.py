@@ -23,7 +23,7 @@ def operations_router(control: ControlContext, registry: CollectorRegistry) -> A
     router = APIRouter(tags=["operations"])
     database, clock = control.database, control.clock
 
-    @router.get("/admin/status", dependencies=[Depends(control.admit_admin)])
+    @router.get("/admin/status", dependencies=[Depends(control.admin_door.dependency())])
     def status() -> Status:
         now = clock.now()
         rounds = control.reconciler.last_round_at
@@ -39,7 +39,7 @@ def operations_router(control: ControlContext, registry: CollectorRegistry) -> A
                 ledger=_ledger(session),
             )
 
-    @router.post("/admin/gateways/{gateway_id}/lost", dependencies=[Depends(control.admit_admin)])
+    @router.post("/admin/gateways/{gateway_id}/lost", dependencies=[Depends(control.admin_door.dependency())])
     def lost(gateway_id: str) -> LostGateway:
         """Releases what the gateway holds. Usage that it should still ship is charged, perhaps below zero."""
         with database.write() as session:

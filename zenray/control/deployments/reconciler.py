@@ -6,6 +6,8 @@ import logging
 import threading
 from dataclasses import replace
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from zenray.catalog.catalog import Catalog
 from zenray.cluster.base import ClusterBackend
 from zenray.control.db.engine import Database
@@ -54,6 +56,8 @@ class Reconciler:
         while not stop.is_set():
             try:
                 self.step()
+            except SQLAlchemyError as error:
+                logger.warning("the reconciler waits for the database: %s", error)
             except Exception:
                 logger.exception("a round of the deployment reconciler failed")
             stop.wait(interval_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from prometheus_client import CollectorRegistry, Counter
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -42,10 +42,7 @@ def edge_router(
     registry: CollectorRegistry,
     long_poll_s: float = LONG_POLL_S,
 ) -> APIRouter:
-    def authenticate(authorization: Annotated[str | None, Header()] = None) -> None:
-        door.check(authorization)
-
-    router = APIRouter(prefix="/edge", dependencies=[Depends(authenticate)], tags=["edge"])
+    router = APIRouter(prefix="/edge", dependencies=[Depends(door.dependency())], tags=["edge"])
     counters = EdgeCounters(registry)
 
     def read_snapshot(gateway_id: str, since: int) -> bytes:
