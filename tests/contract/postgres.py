@@ -51,6 +51,13 @@ class PostgresServer:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {template or 'template0'}".encode())
         return name
 
+    def shut(self, name: str, shut: bool = True) -> None:
+        """An outage of one database: its sessions end, and new ones are refused until `shut=False`."""
+        with self.connect() as connection:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS {'false' if shut else 'true'}".encode())
+            if shut:
+                connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+
     def connect(self, name: str = "postgres") -> psycopg.Connection:
         return psycopg.connect(dbname=name, user="zenray", host=str(self._folder), autocommit=True)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.contract.postgres import PostgresServer, running_postgres
@@ -12,8 +14,12 @@ from tests.control.cases.leases import *  # noqa: F403
 from tests.control.cases.ledger import *  # noqa: F403
 from tests.control.cases.published import *  # noqa: F403
 from tests.control.cases.schema import *  # noqa: F403
+from zenray.cluster.fake import FakeCluster
+from zenray.control.app import build_control
+from zenray.control.config import ControlConfig
 from zenray.control.db.engine import Database, open_database
 from zenray.control.db.migrate import migrate
+from zenray.storage.fake import FakeStore
 
 pytestmark = pytest.mark.contract
 
@@ -54,3 +60,24 @@ def test_controls_that_start_at_once_migrate_once(empty_database: Database) -> N
         each.close()
     with empty_database.read() as session:
         assert current_version(session) == 1  # noqa: F405
+
+
+async def test_an_outage_of_the_database_is_a_clear_answer_and_passes(
+    postgres: PostgresServer, migrated: str, tmp_path: Path
+) -> None:
+    name = postgres.new_database(migrated)
+    config = ControlConfig(state_dir=tmp_path, database_url=postgres.url(name))
+    control = build_control(config, backend=FakeCluster(), store=FakeStore(), reconcile=False)
+    headers = {"authorization": f"Bearer {(tmp_path / 'admin.token').read_text().strip()}"}
+    transport = httpx.ASGITransport(app=control.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://control", headers=headers) as http:
+        assert (await http.get("/readyz")).status_code == 200
+        postgres.shut(name)
+        for answer in (await http.post("/admin/orgs", json={"name": "acme"}), await http.get("/readyz")):
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "server_is_overloaded"
+        assert "zenray_database_up 0.0" in (await http.get("/metrics")).text
+        postgres.shut(name, shut=False)
+        assert (await http.post("/admin/orgs", json={"name": "acme"})).status_code == 201
+        assert (await http.get("/readyz")).status_code == 200
+    control.database.close()

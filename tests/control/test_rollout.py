@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zenray.control.deployments.rollout import (
@@ -202,7 +202,6 @@ def test_while_ray_is_away_everything_stays_and_the_reason_is_shown() -> None:
 APPS = st.sampled_from([None, *[(state, count) for state in App for count in (0, 1)]])
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), APPS, APPS, APPS, st.floats(0, 100)), max_size=25), st.data())
 def test_whatever_ray_says_traffic_moves_only_to_what_is_ready(
     rounds: list[tuple[str, object, object, object, float]], data: st.DataObject

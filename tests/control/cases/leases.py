@@ -295,7 +295,7 @@ def test_ledger_and_leases_follow_the_reference(database: Database) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=15,
+            max_examples=settings.default.max_examples // 3,  # each writes some twenty transactions
             stateful_step_count=20,
             deadline=None,
             database=None,
