@@ -46,7 +46,7 @@ class TestRayKeepsTheContract(ClusterBackendContract):
 @pytest.fixture(scope="module")
 def app(harness: Harness) -> ServeApplication:
     scaling = Autoscaling(
-        min_replicas=0, max_replicas=3, target_ongoing_requests=2, upscale_delay_s=0.5, downscale_delay_s=3
+        min_replicas=0, max_replicas=3, target_ongoing_requests=2, upscale_delay_s=0.5, downscale_delay_s=2
     )
     app = harness.publisher.application("path", autoscaling=scaling)
     harness.cluster.apply([app])
@@ -118,7 +118,7 @@ class TestOneReplica:
         """Up while there is load, then only ever down, to zero; then the proxy's port wakes it."""
 
         def ask(_: int) -> int:
-            return replica.post("/v1/chat/completions", json=chat("tokens=90 delay_ms=100")).status_code
+            return replica.post("/v1/chat/completions", json=chat("tokens=70 delay_ms=100")).status_code
 
         counts: list[int] = []
         with ThreadPoolExecutor(6) as pool:
@@ -132,7 +132,7 @@ class TestOneReplica:
             assert time.monotonic() - ended_at < 30, counts
             time.sleep(0.1)
         assert counts == sorted(counts, reverse=True), "replicas were started after the load had ended"
-        settled_until = time.monotonic() + 3
+        settled_until = time.monotonic() + 2
         while time.monotonic() < settled_until:
             assert harness.cluster.serve_status().applications[app.name].starting_replicas == 0
             time.sleep(0.2)
@@ -159,19 +159,20 @@ class TestOneReplica:
 
 
 class TestTheEndOfAnApplication:
-    def test_a_corrupt_file_fails_the_deployment_by_name(self, harness: Harness) -> None:
-        app = harness.publisher.application("corrupt", tokens=3)
+    def test_a_corrupt_file_fails_by_name_and_a_replica_that_leaves_finishes_its_streams(
+        self, harness: Harness
+    ) -> None:
+        corrupt = harness.publisher.application("corrupt", tokens=3)
         stored = Path(harness.publisher.root) / "store" / "zen" / "corrupt" / "v1" / "safetensors" / "script.json"
         stored.chmod(0o600)
         stored.write_bytes(b'{"tokens":4}')
-        harness.cluster.apply([app])
-        failed = harness.application(app.name, lambda a: a.state is ApplicationState.DEPLOY_FAILED)
-        assert "script.json" in failed.message
-        assert "CorruptData" in failed.message
-
-    def test_a_replica_that_leaves_finishes_its_streams(self, harness: Harness) -> None:
         app = harness.publisher.application("leaving", tokens=60, delay_ms=50, drain_s=20)
-        harness.cluster.apply([app])
+        harness.cluster.apply([corrupt, app])
+        failed = harness.application(corrupt.name, lambda a: a.state is ApplicationState.DEPLOY_FAILED)
+        assert "CorruptData" in failed.message
+        assert "script.json" in failed.message
+        assert "Traceback" not in failed.message
+
         (url,) = harness.application(app.name, lambda a: bool(a.replica_urls)).replica_urls.values()
         begun = threading.Event()
 
