@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 300
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE that splits digits one by one, as SmolLM's does."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.Sequence(
@@ -36,6 +36,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     made.chat_template = TEMPLATE
     return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
@@ -128,8 +133,6 @@ def write_gguf(
 
 
 def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, size: int, pre: str) -> None:
-    import json
-
     data = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     by_id = {index: token for token, index in data["vocab"].items()}
     tokens = [by_id.get(index, f"<unused{index}>") for index in range(size)]

@@ -23,7 +23,7 @@ from zenray.spec.errors import InvalidValue, NotFound, StorageUnavailable, Upstr
 from zenray.storage.base import Progress
 from zenray.storage.transfer import hash_file
 
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 _HUB_FILES = ["*.safetensors", "config.json", INDEX_NAME, *BESIDE_WEIGHTS]
 _HUB_TIMEOUT_S = 10
 _PIP_TIMEOUT_S = 1800
@@ -120,6 +120,7 @@ def _from_hub(name: str, revision: str | None, *, only_cached: bool) -> LocalChe
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -135,6 +136,8 @@ def _from_hub(name: str, revision: str | None, *, only_cached: bool) -> LocalChe
                 etag_timeout=_HUB_TIMEOUT_S,
             )
         )
+    except HFValidationError as error:
+        raise InvalidValue(f"hub:{name} is no model of the hub: {error}") from None
     except GatedRepoError:
         raise NotFound(
             f"hub:{name} is gated.", hint="Accept its terms on huggingface.co, and set HF_TOKEN to your token."
