@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import socket
@@ -196,12 +197,18 @@ def test_asked_to_stop_it_answers_open_polls_and_ends_within_five_seconds(contro
     assert restarted["version"] > version and restarted["full"]  # it never goes back
 
 
-def test_a_wrong_config_is_one_clear_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"prot": 1}, "Did you mean 'port'?"),
+        ({"database_url": "mysql://x"}, "Use SQLite or PostgreSQL."),
+        ({"database_url": "postgresql://nobody:hidden@127.0.0.1:1/x"}, "the database cannot be used: connection"),
+        ({"database_url": "sqlite:////proc/nowhere/control.db"}, "/proc/nowhere"),
+    ],
+)
+def test_a_start_that_cannot_be_is_one_clear_line(tmp_path: Path, wrong: dict[str, object], says: str) -> None:
     file = tmp_path / "control.json"
-    for text, says in [
-        ('{"state_dir": "/tmp/x", "prot": 1}', "Did you mean 'port'?"),
-        ('{"state_dir": "/tmp/x", "database_url": "mysql://x"}', "Use SQLite or PostgreSQL."),
-    ]:
-        file.write_text(text)
-        ended = subprocess.run([sys.executable, "-m", "zenray.control", str(file)], capture_output=True, text=True)
-        assert ended.returncode == 2 and says in ended.stderr and "Traceback" not in ended.stderr
+    file.write_text(json.dumps({"state_dir": str(tmp_path / "state"), **wrong}))
+    ended = subprocess.run([sys.executable, "-m", "zenray.control", str(file)], capture_output=True, text=True)
+    assert ended.returncode in (1, 2) and says in ended.stderr
+    assert "Traceback" not in ended.stderr and "hidden" not in ended.stderr

@@ -103,7 +103,7 @@ def test_a_start_that_takes_for_ever_fails() -> None:
     assert decide(candidate, waiting, START_TIMEOUT_S).state is State.STARTING
     late = decide(candidate, waiting, START_TIMEOUT_S + 1)
     assert late.state is State.FAILED
-    assert late.message == "No replica was ready after 30 minutes. Ray Serve says: no node has 4 GPUs"
+    assert late.message == "No replica was ready after 120 minutes. Ray Serve says: no node has 4 GPUs"
 
 
 def test_a_rollout_creates_waits_shifts_drains_and_deletes() -> None:

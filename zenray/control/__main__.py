@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from sqlalchemy.exc import DBAPIError
 
 from zenray.control.app import Control, build_control
 from zenray.control.config import ControlConfig
@@ -42,6 +43,12 @@ def main(arguments: list[str]) -> int:
     except ZenrayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except DBAPIError as error:  # its own text would quote the statement
+        print(f"error: the database cannot be used: {error.orig}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     server = _Server(
         uvicorn.Config(
             control.app,

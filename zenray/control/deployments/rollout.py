@@ -16,7 +16,7 @@ from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
 # How long an application is kept after its route was withdrawn, for gateways to hear of it. After that it is deleted,
 # and Ray Serve itself lets its replicas finish what they have begun (graceful_shutdown_timeout_s).
 DRAIN_SETTLE_S = 2.0
-START_TIMEOUT_S = 1800.0
+START_TIMEOUT_S = 7200.0  # the largest models load hundreds of gigabytes
 RETRY_FAILED_S = 60.0
 
 
