@@ -177,6 +177,8 @@ def make_venv(target: str) -> None:
 
 def install_packages(target: str, torch_lock: Path, lock: Path, *, total: int) -> None:
     """torch from where this machine gets it, then everything else by hash, then byte code on all cores."""
+    packages = next((VENV / "lib").glob("python3.*")) / "site-packages"
+    forget_torn_installs(packages)
     torch = [*pip("install"), "--no-deps", "-r", str(torch_lock)]
     try:
         run("torch", torch)
@@ -189,9 +191,15 @@ def install_packages(target: str, torch_lock: Path, lock: Path, *, total: int) -
     run("packages", [*pip("install"), "--no-deps", "--require-hashes", "-r", str(lock)], total=total)
     if target == "cpu":
         run("leaving out CUDA builds", [*pip("uninstall"), "--yes", *UNWANTED_ON_CPU])
-    packages = next((VENV / "lib").glob("python3.*")) / "site-packages"
     # Some packages ship files that are not meant to be compiled (templates, Python 2); that is no failure.
     run("byte code", [str(PYTHON), "-m", "compileall", "-q", "-j", "0", str(packages)], may_fail=True)
+
+
+def forget_torn_installs(packages: Path) -> None:
+    """What a killed pip left half installed would count as installed. pip writes INSTALLER after a package's files."""
+    for info in packages.glob("*.dist-info"):
+        if not (info / "INSTALLER").exists():
+            shutil.rmtree(info)
 
 
 def pip(verb: str) -> list[str]:

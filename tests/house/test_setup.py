@@ -134,6 +134,15 @@ def test_too_small_a_disk_is_seen_before_anything_is_fetched(setup: ModuleType, 
     assert not (tmp_path / ".venv").exists()
 
 
+def test_what_a_killed_pip_left_is_installed_again(setup: ModuleType, tmp_path):
+    for name, files in {"whole-1.dist-info": ["METADATA", "INSTALLER"], "torn-1.dist-info": ["METADATA"]}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    setup.forget_torn_installs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole-1.dist-info"]
+
+
 def test_a_shell_without_python_3_11_says_how_to_get_it(tmp_path):
     """The script with the interpreters it would find taken out of its list."""
     script = (ROOT / "scripts" / "setup.sh").read_text()
