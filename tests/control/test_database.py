@@ -10,7 +10,7 @@ from zenray.control.db.engine import Database, open_database
 
 
 def test_two_processes_may_write_one_sqlite_file(database: Database) -> None:
-    """The lock inside a process does not help here: each must begin as a writer, or one reads what is no longer true."""
+    """The lock inside a process does not help here: each must begin as a writer, or what it read is stale."""
     others = [open_database(str(database.engine.url)) for _ in range(3)]
     in_parallel([lambda n=n: credits_one_by_one(others[n], f"process-{n}") for n in range(3)])  # type: ignore[misc]
     for each in others:
