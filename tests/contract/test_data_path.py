@@ -21,9 +21,13 @@ import pytest
 
 from tests.cluster.backend_contract import ClusterBackendContract, Harness
 from tests.cluster.ray_session import ANY_PORTS, RaySession
-from tests.cluster.scripted_apps import AUTHORIZED
-from zenray.spec.deployments import Autoscaling
+from tests.cluster.scripted_apps import AUTHORIZED, ENGINE_KEY
+from tests.serving.engine_checks import check_replica
+from tests.serving.tiny_model import make_tiny_model
+from zenray.spec.deployments import Autoscaling, DeploymentSpec, EngineSettings
 from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeApplication
+from zenray.storage.opening import open_store
+from zenray.storage.versions import publish
 
 pytestmark = pytest.mark.contract
 
@@ -82,12 +86,8 @@ class TestOneReplica:
         assert last["usage"]["completion_tokens"] == 5
         assert arrivals[-1] - arrivals[0] > 0.2, "chunks were held back and sent together"
 
-    def test_a_replica_asks_for_its_key_and_shows_few_routes(self, replica: httpx.Client) -> None:
-        assert replica.get("/v1/models").json()["data"][0]["id"] == "path"
-        for path in ("/v1/models", "/metrics", "/scripted/emitted"):
-            assert replica.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
-        assert replica.get("/v1/load_lora_adapter").status_code == 404
-        assert replica.get("/health", headers={"authorization": ""}).status_code == 200
+    def test_a_replica_does_what_every_replica_must(self, replica: httpx.Client) -> None:
+        check_replica(str(replica.base_url), ENGINE_KEY, "path")
 
     def test_a_client_that_leaves_stops_the_engine(self, replica: httpx.Client) -> None:
         with replica.stream("POST", "/v1/chat/completions", json=chat("tokens=500 delay_ms=20")) as answer:
@@ -159,19 +159,20 @@ class TestOneReplica:
 
 
 class TestTheEndOfAnApplication:
-    def test_a_corrupt_file_fails_by_name_and_a_replica_that_leaves_finishes_its_streams(
-        self, harness: Harness
-    ) -> None:
+    def test_what_cannot_run_says_why_and_a_replica_that_leaves_finishes_its_streams(self, harness: Harness) -> None:
         corrupt = harness.publisher.application("corrupt", tokens=3)
         stored = Path(harness.publisher.root) / "store" / "zen" / "corrupt" / "v1" / "safetensors" / "script.json"
         stored.chmod(0o600)
         stored.write_bytes(b'{"tokens":4}')
         app = harness.publisher.application("leaving", tokens=60, delay_ms=50, drain_s=20)
-        harness.cluster.apply([corrupt, app])
+        keyless = app.model_copy(update={"name": "keyless", "route_prefix": "/keyless", "runtime_env": {}})
+        harness.cluster.apply([corrupt, keyless, app])
         failed = harness.application(corrupt.name, lambda a: a.state is ApplicationState.DEPLOY_FAILED)
         assert "CorruptData" in failed.message
         assert "script.json" in failed.message
         assert "Traceback" not in failed.message
+        failed = harness.application("keyless", lambda a: a.state is ApplicationState.DEPLOY_FAILED)
+        assert "VLLM_API_KEY is not set" in failed.message
 
         (url,) = harness.application(app.name, lambda a: bool(a.replica_urls)).replica_urls.values()
         begun = threading.Event()
@@ -193,3 +194,20 @@ class TestTheEndOfAnApplication:
         harness.until(lambda status: not status.applications)
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", httpx.URL(url).port or 0)) != 0
+
+
+@pytest.mark.nightly
+def test_real_vllm_takes_the_same_path(harness: Harness, tmp_path: Path) -> None:
+    """A model of random weights on real vLLM, in a replica with a port of its own; e2e does this with a real model."""
+    weights = tmp_path / "weights"
+    make_tiny_model(weights)
+    publisher = harness.publisher
+    engine = EngineSettings(dtype="float32", max_model_len=256, kv_cache_bytes=1 << 26)
+    spec = DeploymentSpec(model="tiny", version="v1", engine=engine, graceful_shutdown_timeout_s=5)
+    publish(open_store(publisher.storage), spec.ref(), weights)
+    app = publisher.serving(spec)
+    harness.cluster.apply([app])
+    status = harness.until(lambda s: bool(s.applications[app.name].replica_urls), within_s=150)
+    (url,) = status.applications[app.name].replica_urls.values()
+    check_replica(url, ENGINE_KEY, "tiny")
+    harness.cluster.apply([])
