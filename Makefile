@@ -42,7 +42,7 @@ types:
 	@$(bin)/mypy
 
 imports:
-	@$(bin)/lint-imports
+	@$(bin)/lint-imports --no-logo
 
 # A layer without a single test is an error: pytest then exits with 5.
 fast:
