@@ -99,6 +99,7 @@ def serve(config: GatewayConfig, index: int, listener: socket.socket) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             backlog=_BACKLOG,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=round(config.drain_timeout_s),

@@ -1,0 +1,98 @@
+"""Credit at hand: asked for once by many, refused when control has none, unknown when control is away."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from zenray.gateway.credit import Credit
+from zenray.gateway.metering import LeaseBook
+from zenray.spec.clock import FakeClock
+from zenray.spec.edge import Lease, LeaseRequest
+from zenray.spec.errors import Unavailable
+
+
+class Lender:
+    """Control's side of leases: `free` is what the organisation has left."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+        self.asked: list[LeaseRequest] = []
+        self.away = False
+        self.lose_next_answer = False
+        self._last: dict[str, tuple[int | None, Lease]] = {}
+
+    async def lease(self, request: LeaseRequest, timeout_s: float) -> Lease:
+        await asyncio.sleep(0)
+        if self.away:
+            raise Unavailable("away")
+        self.asked.append(request)
+        last = self._last.get(request.org)
+        if last is None or last[0] != request.sequence:
+            self.free += request.give_back_nano_usd
+            granted = min(self.free, request.wanted_nano_usd)
+            self.free -= granted
+            last = request.sequence, Lease(org=request.org, granted_nano_usd=granted, balance_nano_usd=self.free)
+            self._last[request.org] = last
+        if self.lose_next_answer:
+            self.lose_next_answer = False
+            raise Unavailable("the answer was lost")
+        return last[1]
+
+
+def credit(lender: Any, *, wait_s: float = 1.0, shipped: bool = True) -> Credit:
+    async def ship() -> None:
+        return None
+
+    made = Credit(LeaseBook(FakeClock()), lender, gateway_id="g", boot_id="b", wait_s=wait_s, ship_first=ship)
+    if shipped:
+        made._shipped.set()
+    return made
+
+
+async def test_many_requests_ask_once() -> None:
+    lender = Lender(10**12)
+    made = credit(lender)
+    assert all(await asyncio.gather(*[made.reserve_or_ask("acme", 100) for _ in range(50)]))
+    assert len(lender.asked) == 1
+    assert made.reserve("acme", 100), "there is more than was asked for"
+
+
+async def test_no_more_than_there_is() -> None:
+    lender = Lender(1000)
+    made = credit(lender)
+    results = await asyncio.gather(*[made.reserve_or_ask("acme", 300) for _ in range(5)])
+    assert results.count(True) == 3
+    assert made.book.available("acme") == 100 and lender.free == 0
+
+
+async def test_control_away_is_not_no_credit() -> None:
+    lender = Lender(1000)
+    lender.away = True
+    made = credit(lender)
+    with pytest.raises(Unavailable) as refused:
+        await made.reserve_or_ask("acme", 300)
+    assert refused.value.retry_after_s
+    lender.away = False
+    assert await made.reserve_or_ask("acme", 300)
+
+
+async def test_a_lost_answer_is_counted_once() -> None:
+    lender = Lender(10**9)
+    lender.lose_next_answer = True
+    made = credit(lender)
+    assert await made.reserve_or_ask("acme", 300)
+    assert [request.sequence for request in lender.asked] == [1, 1]
+    assert made.book.available("acme") + 300 + lender.free == 10**9
+
+
+async def test_no_credit_before_the_log_of_earlier_boots_is_shipped() -> None:
+    lender = Lender(10**9)
+    made = credit(lender, wait_s=0.05, shipped=False)
+    with pytest.raises(Unavailable):
+        await made.reserve_or_ask("acme", 300)
+    assert lender.asked == []
+    made._shipped.set()
+    assert await made.reserve_or_ask("acme", 300)
