@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from zenray.catalog.comparison import Comparison, compare
 from zenray.catalog.entries import ModelEntry
 from zenray.cli.home import Home
 from zenray.cli.output import console, show_facts, show_json, show_table
@@ -57,6 +58,16 @@ def show(model: str, as_json: AsJson = False) -> None:
             [[q.name, f"{q.bytes_per_parameter:g}", _bytes(q.memory_bytes)] for q in entry.quantizations],
             title="\nQuantizations",
         )
+    comparisons = compare(entry)
+    if comparisons:
+        show_table(
+            ["claimed against computed", "#claimed", "#computed", "#deviation"],
+            [[f"{c.what} ({c.unit})" if c.unit else c.what, *_compared(c)] for c in comparisons],
+            title="\nArithmetic",
+        )
+    scores = [[s.benchmark, s.setting, f"{s.score:g}", s.source] for s in entry.claims.scores]
+    if scores:
+        show_table(["benchmark", "setting", "#claimed score", "source"], scores, title="\nScores that documents claim")
     for note in entry.notes:
         console.print(f"[dim]note:[/dim] {note}", markup=True)
     _show_versions(versions)
@@ -170,6 +181,13 @@ def _facts(entry: ModelEntry) -> dict[str, str]:
     if entry.variant_of:
         facts["variant of"] = f"{entry.variant_of}: {entry.differs}"
     return facts
+
+
+def _compared(comparison: Comparison) -> tuple[str, str, str]:
+    def number(value: float) -> str:
+        return _count(round(value)) if value >= 10**6 else f"{round(value, 1):,.10g}"
+
+    return number(comparison.claimed), number(comparison.computed), f"{comparison.deviation:+.1%}"
 
 
 def _show_versions(found: list[Manifest]) -> None:
