@@ -8,10 +8,12 @@ So expert parallelism is put between the steps, from outside.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Assignment(NamedTuple):
@@ -50,17 +52,51 @@ def assign_mask(chosen_TE: Tensor, weights_TE: Tensor) -> Assignment:
 
 def gather_rows(x_TD: Tensor, assignment: Assignment) -> Tensor:
     """x_RD: the input of every row."""
-    return x_TD.index_select(0, assignment.token_R)
+    if assignment.slot_TK is None:
+        return x_TD.index_select(0, assignment.token_R)
+    return _Gather.apply(x_TD, assignment.token_R, assignment.slot_TK)
 
 
 def combine_rows(y_RD: Tensor, assignment: Assignment, num_tokens: int) -> Tensor:
-    """y_TD: the weighted sum of each token's rows; zero for a token without rows.
+    """y_TD: the sum of each token's rows (weighted already); zero for a token without rows.
 
     Deterministic where every token has K rows; the ragged case adds with atomics on a GPU.
     """
-    weighted_RD = y_RD * assignment.weight_R.to(y_RD.dtype)[:, None]
-    if assignment.slot_TK is not None:
-        T, K = assignment.slot_TK.shape
-        return weighted_RD.index_select(0, assignment.slot_TK.flatten()).view(T, K, -1).sum(dim=1)
-    out_TD = y_RD.new_zeros(num_tokens, y_RD.shape[1])
-    return out_TD.index_add(0, assignment.token_R, weighted_RD)
+    if assignment.slot_TK is None:
+        return y_RD.new_zeros(num_tokens, y_RD.shape[1]).index_add(0, assignment.token_R, y_RD)
+    return _Combine.apply(y_RD, assignment.token_R, assignment.slot_TK)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of their tokens. The backward pass sums each token's K rows instead of scattering R rows into T."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, slot_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_TK)
+        return x_TD.index_select(0, token_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_RD: Tensor) -> tuple[Tensor | None, ...]:
+        (slot_TK,) = ctx.saved_tensors
+        return _sum_rows(dx_RD, slot_TK), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The sum of each token's K rows. The backward pass gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, token_R: Tensor, slot_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_R)
+        return _sum_rows(y_RD, slot_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        (token_R,) = ctx.saved_tensors
+        return dy_TD.index_select(0, token_R), None, None
+
+
+def _sum_rows(y_RD: Tensor, slot_TK: Tensor) -> Tensor:
+    """Gather and sum in one pass, which is what an embedding bag is; bfloat16 is summed in float32."""
+    return F.embedding_bag(slot_TK, y_RD.contiguous(), mode="sum")

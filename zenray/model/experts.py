@@ -6,10 +6,10 @@ T tokens, D hidden, E experts, R rows sorted by expert, I width of an expert.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zenray.model.dispatch import Assignment, combine_rows, gather_rows
+from zenray.model.grouped import grouped_swiglu
 
 
 class ExpertBank(nn.Module):
@@ -26,15 +26,13 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         """y_TD: for each token the weighted sum of its experts' outputs."""
-        y_RD = self.run(gather_rows(x_TD, assignment), assignment.rows_E)
+        y_RD = self.run(gather_rows(x_TD, assignment), assignment.rows_E, assignment.weight_R)
         return combine_rows(y_RD, assignment, x_TD.shape[0])
 
-    def run(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """y_RD: row r through its expert; the first rows_E[0] rows are expert 0's, and so on."""
-        ends_E = rows_E.cumsum(0).to(torch.int32)
-        gate_up = grouped_linear(x_RD.to(self.gate_up_proj.dtype), self.gate_up_proj, ends_E)
-        gate_RI, up_RI = gate_up.chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate_RI) * up_RI, self.down_proj, ends_E)
+    def run(self, x_RD: Tensor, rows_E: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        """y_RD: row r through its expert, times its weight; the first rows_E[0] rows are expert 0's, and so on."""
+        x_RD = x_RD.to(self.gate_up_proj.dtype)
+        return grouped_swiglu(x_RD, self.gate_up_proj, self.down_proj, rows_E, weight_R)
 
 
 class DiverseExperts(nn.Module):
@@ -46,14 +44,16 @@ class DiverseExperts(nn.Module):
         self.banks = nn.ModuleList(ExpertBank(count, hidden_size, width) for width, count in runs(widths))
 
     def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
-        y_RD = self.run(gather_rows(x_TD, assignment), assignment.rows_E)
+        y_RD = self.run(gather_rows(x_TD, assignment), assignment.rows_E, assignment.weight_R)
         return combine_rows(y_RD, assignment, x_TD.shape[0])
 
-    def run(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        counts = [bank.num_experts for bank in self.banks]
-        per_bank = rows_E.split(counts)
-        parts = x_RD.split([int(rows.sum()) for rows in per_bank])
-        return torch.cat([bank.run(part, rows) for bank, part, rows in zip(self.banks, parts, per_bank, strict=True)])
+    def run(self, x_RD: Tensor, rows_E: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        """As ExpertBank.run; each bank computes the rows of its own experts."""
+        per_bank = rows_E.split([bank.num_experts for bank in self.banks])
+        sizes = [int(rows.sum()) for rows in per_bank]
+        weights = (None,) * len(sizes) if weight_R is None else weight_R.split(sizes)
+        inputs = zip(self.banks, x_RD.split(sizes), per_bank, weights, strict=True)
+        return torch.cat([bank.run(x, rows, weight) for bank, x, rows, weight in inputs])
 
 
 def make_experts(hidden_size: int, widths: tuple[int, ...]) -> ExpertBank | DiverseExperts:
@@ -72,8 +72,3 @@ def runs(widths: tuple[int, ...]) -> list[tuple[int, int]]:
         else:
             found.append((width, 1))
     return found
-
-
-def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """y_RO: rows up to ends_E[0] times weight_EOI[0]ᵀ, the next up to ends_E[1] times weight_EOI[1]ᵀ, and so on."""
-    return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=ends_E)
