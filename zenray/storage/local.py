@@ -23,10 +23,10 @@ from zenray.storage.base import (
     check_range,
     missing,
 )
-from zenray.storage.transfer import read_expected
+from zenray.storage.transfer import file_changed, hash_file
 
 _UNFINISHED = RESERVED_SEGMENT_PREFIX + "unfinished"
-_COPY_BYTES = 4 << 20
+_COPY_BYTES = 16 << 20
 _LOCKED_WITHIN_S = 60  # a writer surely holds its lock this long after it made the file
 
 
@@ -118,7 +118,8 @@ class LocalStore(ObjectStore):
             _make_folders(target.parent)
             descriptor, name = tempfile.mkstemp(dir=unfinished)
             try:
-                with os.fdopen(descriptor, "wb") as file:
+                os.close(descriptor)
+                with open(name, "wb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that its writer lives, see _sweep
                     fill(file)
                     file.flush()
@@ -171,10 +172,14 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
 
 
 def _copy(source: Path, sha256: str, target: BinaryIO, on_bytes: OnBytes | None) -> None:
-    for block in read_expected(source, sha256, _COPY_BYTES):
-        target.write(block)
-        if on_bytes:
-            on_bytes(len(block))
+    """Copied by the kernel, which is several times as fast as through here; what arrived is then hashed."""
+    with source.open("rb") as file:
+        while copied := os.sendfile(target.fileno(), file.fileno(), None, _COPY_BYTES):
+            if on_bytes:
+                on_bytes(copied)
+    found = hash_file(Path(target.name))
+    if found != sha256:
+        raise file_changed(source, found, sha256)
 
 
 def _walk(root: Path, folder: Path) -> Iterator[ObjectInfo]:

@@ -41,9 +41,9 @@ _IMMUTABLE_CACHE_CONTROL = "max-age=31536000, immutable"
 _MUTABLE_CACHE_CONTROL = "no-cache"
 _SHA256_METADATA = "sha256"
 _ATTEMPTS = 5
-_LEAST_PART_BYTES = 16 << 20
+_LEAST_PART_BYTES = 8 << 20
 _MOST_PARTS = 10_000
-_PARALLEL_PARTS = 4
+_PARALLEL_PARTS = 8
 _CONNECTIONS = 16
 _BODY_ERRORS = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError, ConnectionError, HTTPClientError)
 

@@ -43,10 +43,15 @@ def read_expected(path: Path, sha256: str, block_bytes: int) -> Iterator[bytes]:
             digest.update(block)
             yield block
     if digest.hexdigest() != sha256:
-        raise InvalidRequest(
-            f"{path} changed while it was being stored: its SHA-256 is {digest.hexdigest()}, it was {sha256}.",
-            hint="It was not stored. Start again once nobody writes to it.",
-        )
+        raise file_changed(path, digest.hexdigest(), sha256)
+
+
+def file_changed(path: Path, found: str, expected: str) -> InvalidRequest:
+    """The error of a store that was given another file than the one that was hashed."""
+    return InvalidRequest(
+        f"{path} changed while it was being stored: its SHA-256 is {found}, it was {expected}.",
+        hint="It was not stored. Start again once nobody writes to it.",
+    )
 
 
 def hash_object(
