@@ -264,6 +264,18 @@ def test_several_models_share_one_document(platform: Platform) -> None:
     assert [each.args["deployment"]["model"] for each in platform.cluster.applied[-1]] == ["zen-600m"]
 
 
+def test_one_model_comes_in_the_round_in_which_another_goes(platform: Platform) -> None:
+    platform.put()
+    platform.rounds(8)
+    platform.stop()
+    platform.rounds(1, every_s=10.0)
+    platform.put(model="zen-600m")
+    platform.rounds(8)
+    route = platform.route("zen-600m")
+    assert route is not None and route.state is RouteState.READY
+    assert len(platform.cluster.serve_status().applications) == 1
+
+
 def test_a_model_taken_out_of_the_catalog_loses_its_route_and_no_other_does(
     platform: Platform, catalog: Catalog, database: Database
 ) -> None:
