@@ -212,6 +212,9 @@ class LocalRay:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray runs its workers at nice 15: fine beside a batch job, but an engine is what its clients wait for, and
+            # on a busy machine the gateway in front of it would starve it.
+            "RAY_worker_niceness": "0",
             "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(self._settings.first_replica_port),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self._settings.first_replica_port + _REPLICA_PORTS),
