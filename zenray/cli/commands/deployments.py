@@ -52,11 +52,16 @@ def wait_until_ready(client: ControlClient, model: str, timeout_s: float = READY
         while time.monotonic() < deadline_s:
             row: dict[str, Any] = client.get(f"/admin/deployments/{model}")
             state = DeploymentState(row["state"])
-            if state.takes_traffic and row.get("revision") == row.get("wanted_revision", row.get("revision")):
+            reason = row.get("message") or "no reason was given"
+            if state is DeploymentState.FAILED:
+                raise Unavailable(f"{model} could not be deployed: {reason}")
+            if row["wanted_phase"] == "failed":
+                raise Unavailable(
+                    f"{model}: the new revision failed: {reason}", hint=f"{row['revision']} goes on serving as before."
+                )
+            if state.takes_traffic and row["revision"] == row["wanted_revision"]:
                 console.print(f"{model} is {state.value}: {row['revision']}")
                 return
-            if state is DeploymentState.FAILED:
-                raise Unavailable(f"{model} could not be deployed: {row.get('message') or 'no reason was given'}")
             spinner.update(f"{model}: {state.value}{': ' + row['message'] if row.get('message') else ''}")
             time.sleep(0.5)
     raise Unavailable(f"{model} is not ready after {timeout_s:.0f} s.", hint="`zenray status` shows its state.")
