@@ -53,11 +53,11 @@ class _SwiGLULoop(torch.autograd.Function):
         width = down_proj.shape[2]
         gate_up_RI = x_RD.new_empty(x_RD.shape[0], 2 * width)
         y_RD = x_RD.new_empty(x_RD.shape[0], down_proj.shape[1])
-        for expert, part in _parts(rows):
-            gate_up_RI[part] = _times_transposed(x_RD[part], gate_up_proj[expert])
+        for expert, part in parts_of(rows):
+            gate_up_RI[part] = times_transposed(x_RD[part], gate_up_proj[expert])
             gate, up = gate_up_RI[part].chunk(2, dim=-1)
             h = F.silu(gate).mul_(up).mul_(weight_R[part, None])
-            y_RD[part] = _times_transposed(h, down_proj[expert])
+            y_RD[part] = times_transposed(h, down_proj[expert])
         ctx.save_for_backward(x_RD, gate_up_proj, down_proj, weight_R, gate_up_RI)
         ctx.rows = rows
         return y_RD
@@ -71,16 +71,16 @@ class _SwiGLULoop(torch.autograd.Function):
         d_gate_up = _for_gradient(gate_up_proj, ctx.rows) if needs_gate_up else None
         d_down = _for_gradient(down_proj, ctx.rows) if needs_down else None
         dweight_R = torch.empty_like(weight_R) if needs_weight else None
-        for expert, part in _parts(ctx.rows):
+        for expert, part in parts_of(ctx.rows):
             dy, weight = dy_RD[part], weight_R[part, None]
             gate, up = gate_up_RI[part].chunk(2, dim=-1)
             silu = F.silu(gate)
             h = silu * up
-            dh = _times_transposed(dy, down_proj[expert].t())
+            dh = times_transposed(dy, down_proj[expert].t())
             if dweight_R is not None:
                 dweight_R[part] = (dh * h).sum(dim=-1)
             if d_down is not None:
-                d_down[expert] = _times_transposed(dy.t(), h.mul_(weight).t())
+                d_down[expert] = times_transposed(dy.t(), h.mul_(weight).t())
             if dx_RD is None and d_gate_up is None:
                 continue
             dh.mul_(weight)
@@ -89,9 +89,9 @@ class _SwiGLULoop(torch.autograd.Function):
             torch.mul(dh, silu, out=d_up)
             torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=d_gate)
             if d_gate_up is not None:
-                d_gate_up[expert] = _times_transposed(d_both.t(), x_RD[part].t())
+                d_gate_up[expert] = times_transposed(d_both.t(), x_RD[part].t())
             if dx_RD is not None:
-                dx_RD[part] = _times_transposed(d_both, gate_up_proj[expert].t())
+                dx_RD[part] = times_transposed(d_both, gate_up_proj[expert].t())
         return dx_RD, d_gate_up, d_down, dweight_R, None
 
 
@@ -104,7 +104,7 @@ def _for_gradient(weight: Tensor, rows: list[int]) -> Tensor:
     return gradient
 
 
-def _parts(rows: list[int]) -> list[tuple[int, slice]]:
+def parts_of(rows: list[int]) -> list[tuple[int, slice]]:
     """(expert, its rows) for each expert that has any."""
     found, start = [], 0
     for expert, count in enumerate(rows):
@@ -114,7 +114,7 @@ def _parts(rows: list[int]) -> list[tuple[int, slice]]:
     return found
 
 
-def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
+def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a @ bᵀ, by oneDNN for float32 on a CPU. Neither needs to be contiguous."""
     if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
