@@ -42,7 +42,7 @@ class Lender:
         return last[1]
 
 
-def credit(lender: Any, *, wait_s: float = 1.0, shipped: bool = True) -> Credit:
+def credit(lender: Any, *, wait_s: float = 30.0, shipped: bool = True) -> Credit:
     async def ship() -> None:
         return None
 
@@ -96,3 +96,38 @@ async def test_no_credit_before_the_log_of_earlier_boots_is_shipped() -> None:
     assert lender.asked == []
     made._shipped.set()
     assert await made.reserve_or_ask("acme", 300)
+
+
+async def test_a_crowd_is_served_with_few_questions() -> None:
+    lender = Lender(10**12)
+    made = credit(lender)
+    each = 8_000_000
+    assert all(await asyncio.gather(*[made.reserve_or_ask("acme", each) for _ in range(2000)]))
+    assert len(lender.asked) <= 3
+
+
+async def test_freed_reserves_serve_those_who_wait() -> None:
+    lender = Lender(1000)
+    made = credit(lender)
+    assert await made.reserve_or_ask("acme", 1000)
+    waiting = asyncio.create_task(made.reserve_or_ask("acme", 600))
+    await asyncio.sleep(0)
+    made.settle("acme", 1000, 100)
+    assert await waiting
+    assert not await made.reserve_or_ask("acme", 400)
+    assert await made.reserve_or_ask("acme", 300)
+
+
+async def test_a_client_that_hangs_up_while_waiting_keeps_nothing() -> None:
+    lender = Lender(1000)
+    made = credit(lender)
+    for turns in range(8):
+        waiting = asyncio.create_task(made.reserve_or_ask("acme", 1000))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        if not waiting.cancelled():
+            made.settle("acme", 1000, 0)
+        await asyncio.sleep(0.01)
+        assert made.book.available("acme") + lender.free == 1000

@@ -43,6 +43,7 @@ class Credit:
         self._ship_first = ship_first
         self._shipped = asyncio.Event()
         self._questions: dict[str, asyncio.Task[int]] = {}
+        self._waiting: defaultdict[str, dict[asyncio.Future[bool], int]] = defaultdict(dict)
         self._sequence: dict[str, int] = defaultdict(int)
         self._active: set[str] = set()
 
@@ -56,22 +57,31 @@ class Credit:
 
         Raises Unavailable (503) when control does not answer in time: nobody can say then whether there is credit.
         """
-        deadline_s = asyncio.get_running_loop().time() + self._wait_s
-        while not self.reserve(org, nano_usd):
-            left_s = deadline_s - asyncio.get_running_loop().time()
-            try:
-                async with asyncio.timeout(max(0, left_s)):
-                    granted = await asyncio.shield(self._question(org))
-            except (TimeoutError, Unavailable):
-                raise Unavailable(
-                    "The credit of your organisation cannot be checked at the moment.", hint="Retry.", retry_after_s=2
-                ) from None
-            if granted == 0:
-                return self.reserve(org, nano_usd)
-        return True
+        if self.reserve(org, nano_usd):
+            return True
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting[org]
+        waiting[answer] = nano_usd
+        if org not in self._questions:
+            self._ask(org)
+        try:
+            async with asyncio.timeout(self._wait_s):
+                return await answer
+        except (TimeoutError, Unavailable):
+            raise Unavailable(
+                "The credit of your organisation cannot be checked at the moment.", hint="Retry.", retry_after_s=2
+            ) from None
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None and answer.result():
+                self.book.settle(org, nano_usd, 0)  # it was granted in the moment that the client hung up
+            raise
+        finally:
+            waiting.pop(answer, None)
 
     def settle(self, org: str, reserved_nano_usd: int, spent_nano_usd: int) -> None:
         self.book.settle(org, reserved_nano_usd, spent_nano_usd)
+        if self._waiting.get(org):
+            self._serve(org)
 
     async def run(self) -> None:
         """Ship what is left from before, then keep the credit of busy organisations up and give idle credit back."""
@@ -85,14 +95,19 @@ class Credit:
                     continue
                 if org in active:
                     if self.book.wanted(org) > 0:
-                        self._question(org)
+                        self._ask(org)
                 else:
-                    idle = self.book.give_back(org)
-                    if idle > 0:
-                        self._ask(org, give_back_nano_usd=idle)
+                    idle_nano_usd = self.book.give_back(org)
+                    if idle_nano_usd > 0:
+                        self._ask(org, give_back_nano_usd=idle_nano_usd)
 
-    def _question(self, org: str) -> asyncio.Task[int]:
-        return self._questions.get(org) or self._ask(org)
+    def _serve(self, org: str) -> None:
+        """Give what there is to those who wait, in their order."""
+        waiting = self._waiting[org]
+        for answer, nano_usd in tuple(waiting.items()):
+            if not answer.done() and self.reserve(org, nano_usd):
+                del waiting[answer]
+                answer.set_result(True)
 
     def _ask(self, org: str, *, give_back_nano_usd: int = 0) -> asyncio.Task[int]:
         task = asyncio.get_running_loop().create_task(self._exchange(org, give_back_nano_usd))
@@ -102,12 +117,31 @@ class Credit:
 
     def _answered(self, org: str, done: asyncio.Task[int]) -> None:
         del self._questions[org]
-        if not done.cancelled() and (error := done.exception()):
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is not None:
             log.warning("lease_failed", extra={"org": org, "reason": str(error)})
+        else:
+            self._serve(org)
+        waiting = self._waiting[org]
+        if not waiting:
+            del self._waiting[org]
+        elif error is None and done.result() > 0:
+            self._ask(org)
+        else:
+            # Nothing more is to be had now: those who still wait are told, and not those who come later.
+            for answer in tuple(waiting):
+                del waiting[answer]
+                if not answer.done():
+                    answer.set_exception(error) if error is not None else answer.set_result(False)
 
     async def _exchange(self, org: str, give_back_nano_usd: int) -> int:
         await self._shipped.wait()
-        wanted_nano_usd = 0 if give_back_nano_usd else self.book.wanted(org)
+        # All that wait are asked for at once; the book alone knows only the largest.
+        waiting_nano_usd = sum(self._waiting[org].values())
+        lacking_nano_usd = max(0, waiting_nano_usd - self.book.available(org)) if waiting_nano_usd else 0
+        wanted_nano_usd = lacking_nano_usd if give_back_nano_usd else max(self.book.wanted(org), lacking_nano_usd)
         if wanted_nano_usd == 0 and give_back_nano_usd == 0:
             return 0
         self._sequence[org] += 1
