@@ -1,5 +1,7 @@
 """Hypothesis strategies for model configurations: legal ones, small enough to run."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from zenray.model.config import ExpertGroup, MoDEConfig, RopeParameters, RouterConfig
@@ -21,6 +23,7 @@ def routers(draw: st.DrawFn, num_experts: int) -> RouterConfig:
         balance_loss=draw(st.sampled_from(["switch", "cv2", "none"])),
         z_coefficient=draw(st.sampled_from([0.0, 1e-3])),
         selection_bias=draw(st.booleans()),
+        expert_choice_training=draw(st.sampled_from(["threshold", "expert_choice"])),
     )
 
 
@@ -37,6 +40,10 @@ def configs(draw: st.DrawFn) -> MoDEConfig:
         experts["expert_groups"] = tuple(ExpertGroup(f"g{i}", *shape) for i, shape in enumerate(groups))
         experts["router"] = draw(routers(sum(count for count, _ in groups)))
         experts["shared_expert_width"] = draw(st.sampled_from([0, 8]))
+        if experts["shared_expert_width"]:
+            factor = draw(st.sampled_from([None, 0.5, 1.25]))
+            experts["router"] = replace(experts["router"], capacity_factor=factor)
+        experts["expert_choice_layers"] = tuple(layer for layer in sparse if draw(st.booleans()))
         experts["shared_expert_gate"] = bool(experts["shared_expert_width"]) and draw(st.booleans())
     return MoDEConfig(
         vocab_size=draw(st.integers(16, 40)),

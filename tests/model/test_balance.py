@@ -16,12 +16,13 @@ from zenray.model.balance import (
     z_loss,
 )
 from zenray.model.config import RouterConfig
-from zenray.model.router import count
+from zenray.model.router import count, load_of
 
 
 def stats_of(logits_TE: torch.Tensor, k: int, valid_T: torch.Tensor | None = None) -> RouterStats:
     probs_TE = logits_TE.softmax(-1)
-    return count(logits_TE, probs_TE, probs_TE.topk(k, dim=-1).indices, valid_T)
+    load_E = load_of(probs_TE.topk(k, dim=-1).indices, logits_TE.shape[1], valid_T)
+    return count(logits_TE, probs_TE, load_E, valid_T)
 
 
 @pytest.mark.parametrize(("experts", "k"), [(8, 1), (8, 2), (16, 4)])

@@ -23,6 +23,9 @@ class RouterStats(NamedTuple):
     prob_sum_E: Tensor  # float32: router probabilities, summed over tokens
     z_sum: Tensor  # float32 scalar: logsumexp(logits)², summed over tokens
     num_tokens: Tensor  # float32 scalar
+    overflow_E: Tensor | None = None  # float32: choices that an expert had no room for (capacity, in training)
+    fallback_tokens: Tensor | None = None  # float32 scalar: tokens that lost at least one expert to that
+    cutoff_E: Tensor | None = None  # float32: the batch's expert-choice cut-offs, where experts choose
 
 
 def switch_loss(stats: RouterStats, load_E: Tensor | None = None) -> Tensor:
@@ -51,9 +54,10 @@ def z_loss(stats: RouterStats) -> Tensor:
 def router_loss(stats: RouterStats, config: RouterConfig, load_E: Tensor | None = None) -> Tensor:
     """One layer's share of the training loss, coefficients applied. The model's is the sum over its layers."""
     loss = stats.z_sum.new_zeros(())
-    if config.balance_loss == "switch":
+    experts_choose = stats.cutoff_E is not None  # then the load is even by construction
+    if config.balance_loss == "switch" and not experts_choose:
         loss = loss + config.balance_coefficient * switch_loss(stats, load_E)
-    elif config.balance_loss == "cv2":
+    elif config.balance_loss == "cv2" and not experts_choose:
         loss = loss + config.balance_coefficient * cv_squared_loss(stats)
     if config.z_coefficient:
         loss = loss + config.z_coefficient * z_loss(stats)

@@ -12,6 +12,7 @@ from zenray.spec.errors import InvalidValue, suggest
 
 RopeType = Literal["default", "linear", "yarn", "llama3"]
 BalanceLoss = Literal["switch", "cv2", "none"]
+ExpertChoiceTraining = Literal["threshold", "expert_choice"]
 
 
 def _require(condition: bool, message: str, *, param: str, hint: str | None = None) -> None:
@@ -106,8 +107,34 @@ class RouterConfig:
     balance_coefficient: float = 0.01
     z_coefficient: float = 0.0
     selection_bias: bool = False  # loss-free balancing (arXiv 2408.15664)
+    capacity_factor: float | None = None  # in training, an expert takes at most ceil(factor · T · k / E) rows
+    expert_choice_training: ExpertChoiceTraining = "threshold"  # in the layers where experts choose
+    threshold_warmup_steps: int = 100  # of expert choice, before thresholds are used in training
+    threshold_decay: float = 0.99  # of the moving average of each expert's cut-off, per step
 
     def __post_init__(self) -> None:
+        choices = get_args(ExpertChoiceTraining)
+        _require(
+            self.expert_choice_training in choices,
+            f"expert_choice_training {self.expert_choice_training!r} is unknown.",
+            param="router",
+            hint=suggest(self.expert_choice_training, choices),
+        )
+        _require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            f"capacity_factor is {self.capacity_factor}: it must be positive, or left out for no limit.",
+            param="router",
+        )
+        _require(
+            self.threshold_warmup_steps >= 1,
+            f"threshold_warmup_steps is {self.threshold_warmup_steps}: a threshold needs at least 1 to start from.",
+            param="router",
+        )
+        _require(
+            0 <= self.threshold_decay < 1,
+            f"threshold_decay is {self.threshold_decay}: it must be at least 0 and below 1.",
+            param="router",
+        )
         _require(
             self.experts_per_token >= 1,
             f"experts_per_token is {self.experts_per_token}: it must be at least 1.",
@@ -145,6 +172,7 @@ class MoDEConfig:
     sparse_layers: tuple[int, ...] = ()
     expert_groups: tuple[ExpertGroup, ...] = ()
     router: RouterConfig = field(default_factory=RouterConfig)
+    expert_choice_layers: tuple[int, ...] = ()  # of the sparse layers, those where experts choose (blog: the first two)
     shared_expert_width: int = 0
     shared_expert_gate: bool = False
     max_position_embeddings: int = 4096
@@ -188,7 +216,7 @@ class MoDEConfig:
         for name in data:
             _require(name in known, f"Unknown model field {name!r}.", param=name, hint=suggest(name, known))
         values = dict(data)
-        for name in ("sparse_layers", "local_layers"):
+        for name in ("sparse_layers", "local_layers", "expert_choice_layers"):
             values[name] = tuple(values.get(name, ()))
         values["expert_groups"] = tuple(
             group if isinstance(group, ExpertGroup) else ExpertGroup(**group)
@@ -243,6 +271,14 @@ class MoDEConfig:
 
     def _check_experts(self) -> None:
         self._check_layers("sparse_layers", self.sparse_layers)
+        self._check_layers("expert_choice_layers", self.expert_choice_layers)
+        dense = sorted(set(self.expert_choice_layers) - set(self.sparse_layers))
+        _require(
+            not dense,
+            f"Experts are to choose in layers {dense}, which are dense.",
+            param="expert_choice_layers",
+            hint=f"Sparse layers: {list(self.sparse_layers)}.",
+        )
         if not self.sparse_layers:
             _require(
                 not self.expert_groups and not self.shared_expert_width,
@@ -272,6 +308,12 @@ class MoDEConfig:
             self.shared_expert_width >= 0,
             f"shared_expert_width is {self.shared_expert_width}: 0 means none, less is impossible.",
             param="shared_expert_width",
+        )
+        _require(
+            self.router.capacity_factor is None or self.shared_expert_width > 0,
+            f"capacity_factor is {self.router.capacity_factor}, but there is no expert to fall back to.",
+            param="shared_expert_width",
+            hint="Give a shared_expert_width: tokens that an expert has no room for use the shared expert.",
         )
         _require(
             not self.shared_expert_gate or self.shared_expert_width > 0,

@@ -23,6 +23,7 @@ class Assignment(NamedTuple):
     weight_R: Tensor  # float32: what the row's result is multiplied by; gradients flow through it to the router
     rows_E: Tensor  # int64: rows of each expert
     slot_TK: Tensor | None = None  # int64: the rows of each token, where every token has exactly K of them
+    lost_T: Tensor | None = None  # float32: the weight of each token's rows that experts had no room for
 
 
 def assign_top_k(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Assignment:

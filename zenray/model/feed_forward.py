@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zenray.model.balance import RouterStats
 from zenray.model.config import MoDEConfig
 from zenray.model.experts import make_experts
-from zenray.model.router import TokenChoiceRouter
+from zenray.model.router import ExpertChoiceRouter, Router, TokenChoiceRouter
 
 
 class SwiGLU(nn.Module):
@@ -31,9 +31,9 @@ class SwiGLU(nn.Module):
 class MixtureOfExperts(nn.Module):
     """FFN(x) = Σ gᵢ·Eᵢ(x) over the token's experts (zen-mode blog), plus the shared expert where there is one."""
 
-    def __init__(self, config: MoDEConfig) -> None:
+    def __init__(self, config: MoDEConfig, *, experts_choose: bool = False) -> None:
         super().__init__()
-        self.gate = TokenChoiceRouter(config)
+        self.gate: Router = ExpertChoiceRouter(config) if experts_choose else TokenChoiceRouter(config)
         self.experts = make_experts(config.hidden_size, config.expert_widths)
         width = config.shared_expert_width
         self.shared_expert = SwiGLU(config.hidden_size, width) if width else None
@@ -44,8 +44,8 @@ class MixtureOfExperts(nn.Module):
         assignment, stats = self.gate(x_TD, None if valid_BS is None else valid_BS.flatten())
         y_TD = self.experts(x_TD, assignment)
         if self.shared_expert is not None:
-            shared_TD = self.shared_expert(x_TD)
-            if self.shared_expert_gate is not None:
-                shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
-            y_TD = y_TD + shared_TD
+            share = 1.0 if self.shared_expert_gate is None else torch.sigmoid(self.shared_expert_gate(x_TD))
+            if assignment.lost_T is not None:  # the shared expert stands in for those that had no room
+                share = share + assignment.lost_T.to(x_TD.dtype)[:, None]
+            y_TD = y_TD + share * self.shared_expert(x_TD)
         return y_TD.view_as(x_BSD), stats

@@ -18,7 +18,7 @@ from zenray.model.experts import ExpertBank
 from zenray.model.feed_forward import MixtureOfExperts, SwiGLU
 from zenray.model.norm import RMSNorm
 from zenray.model.rope import rotary_tables
-from zenray.model.router import TokenChoiceRouter
+from zenray.model.router import Router
 
 
 class Masks(NamedTuple):
@@ -38,9 +38,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: nn.Module = (
-            MixtureOfExperts(config) if self.is_sparse else SwiGLU(config.hidden_size, config.intermediate_size)
-        )
+        self.mlp: nn.Module
+        if self.is_sparse:
+            self.mlp = MixtureOfExperts(config, experts_choose=layer in config.expert_choice_layers)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
         self,
@@ -90,6 +92,16 @@ class Decoder(nn.Module):
             if stats is not None:
                 all_stats.append(stats)
         return self.norm(x_BSD), all_stats
+
+    def routers(self) -> list[Router]:
+        """One for each sparse layer, in order."""
+        return [layer.mlp.gate for layer in self.layers if layer.is_sparse]
+
+    def after_step(self, all_stats: list[RouterStats]) -> None:
+        """Let every router learn what it learns without gradients: once per optimizer step, on the global batch's sums
+        (and the mean of the cut-offs), one entry for each sparse layer."""
+        for router, stats in zip(self.routers(), all_stats, strict=True):
+            router.after_step(stats)
 
 
 class MoDEOutput(NamedTuple):
@@ -145,7 +157,7 @@ def initialize(model: nn.Module, std: float) -> None:
 @torch.no_grad()
 def initialize_module(module: nn.Module, std: float) -> None:
     """`initialize` for the parameters that `module` itself owns."""
-    if isinstance(module, nn.Linear | nn.Embedding | TokenChoiceRouter):
+    if isinstance(module, nn.Linear | nn.Embedding | Router):
         nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

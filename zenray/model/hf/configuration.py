@@ -31,6 +31,7 @@ class ZenModeConfig(PreTrainedConfig):
     sparse_layers: list[int] | tuple[int, ...] = ()
     expert_groups: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
     router: dict[str, Any] | None = None
+    expert_choice_layers: list[int] | tuple[int, ...] = ()
     shared_expert_width: int = 0
     shared_expert_gate: bool = False
     max_position_embeddings: int = 4096
@@ -60,7 +61,7 @@ class ZenModeConfig(PreTrainedConfig):
         local = set(values.pop("local_layers"))
         layer_types = [LOCAL if layer in local else EVERYWHERE for layer in range(mode.num_hidden_layers)]
         rope = {name: value for name, value in values.pop("rope_parameters").items() if value is not None}
-        for name in ("sparse_layers", "expert_groups"):
+        for name in ("sparse_layers", "expert_choice_layers", "expert_groups"):
             values[name] = list(values[name])
         return cls(**values, layer_types=layer_types, rope_parameters=_used_rope_fields(rope), **tokens)
 
@@ -79,6 +80,7 @@ class ZenModeConfig(PreTrainedConfig):
                 "sparse_layers": self.sparse_layers,
                 "expert_groups": self.expert_groups,
                 "router": self.router or {},
+                "expert_choice_layers": self.expert_choice_layers,
                 "shared_expert_width": self.shared_expert_width,
                 "shared_expert_gate": self.shared_expert_gate,
                 "max_position_embeddings": self.max_position_embeddings,

@@ -88,6 +88,8 @@ def _obstacles(config: MoDEConfig) -> list[str]:
         found.append(f"{len(config.local_layers)} layers of local attention")
     if config.attention_bias:
         found.append("attention biases")
+    if config.expert_choice_layers:
+        found.append(f"{len(config.expert_choice_layers)} layers where experts choose")
     if config.router.selection_bias:
         found.append("a selection bias in the router")
     if config.router.temperature != 1:
