@@ -48,5 +48,8 @@ imports:
 fast:
 	@echo "== fast tests"; $(pytest) tests $(heavy:%=--ignore=%) -m "not nightly" -n 2
 
-parity contract e2e:
+parity e2e:
 	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 5
+
+contract:
+	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 5 -n 2 --dist loadgroup

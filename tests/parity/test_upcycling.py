@@ -10,6 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from zenray.model.hf import register
 from zenray.model.upcycling.drop import FeedForwardWeights, drop, seeded
+from zenray.model.upcycling.partition import (
+    balanced_kmeans,
+    centroid_router,
+    neuron_features,
+    random_partition,
+    squared_distances,
+)
 from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe, select_layers
 from zenray.model.upcycling.source import DenseSource
 from zenray.model.upcycling.upcycle import upcycle
@@ -109,6 +116,59 @@ def test_copies_are_the_dense_model(qwen3_folder, tmp_path, mode):
     assert made(ids).router_stats[0].load_E.min() > 0  # the experts really were different choices
 
 
+@pytest.mark.parametrize("granularity", [2, 4])
+def test_fine_grained_experts_scaled_by_the_granularity_are_the_dense_model(qwen3_folder, tmp_path, granularity):
+    made = recipe((0.0,) * 3, mode="copy", granularity=granularity, router_std=1.0)
+    config = upcycle(qwen3_folder, made, tmp_path / "mode")
+    assert (config.num_experts, config.expert_widths[0]) == (3 * granularity, 400 // granularity)
+    assert config.router.experts_per_token == 2 * granularity
+    dense = AutoModelForCausalLM.from_pretrained(qwen3_folder)
+    fine = AutoModelForCausalLM.from_pretrained(tmp_path / "mode")
+    ids = torch.randint(0, 97, (2, 31))
+    torch.testing.assert_close(fine(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["kmeans", "random"])
+def test_a_partition_with_all_experts_on_is_the_dense_model(qwen3_folder, tmp_path, mode):
+    made = recipe((0.0,) * 8, mode=mode, experts_per_token=8, router_init="zero")
+    config = upcycle(qwen3_folder, made, tmp_path / "mode")
+    assert config.expert_widths == (50,) * 8
+    dense = AutoModelForCausalLM.from_pretrained(qwen3_folder)
+    parted = AutoModelForCausalLM.from_pretrained(tmp_path / "mode")
+    ids = torch.randint(0, 97, (2, 31))
+    torch.testing.assert_close(parted(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def blobs(experts: int = 4, each: int = 30, seed: int = 0) -> FeedForwardWeights:
+    """An FFN whose neurons fall into clear clusters, shuffled; D = 24."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(3, experts, 24, generator=generator)
+    order = torch.randperm(experts * each, generator=generator)
+    parts = [
+        centre.repeat_interleave(each, dim=0)[order] + 0.1 * torch.randn(experts * each, 24, generator=generator)
+        for centre in centres
+    ]
+    return FeedForwardWeights(parts[0], parts[1], parts[2].t().contiguous())
+
+
+def test_kmeans_finds_clusters_that_are_there_of_equal_size_and_the_same_by_seed():
+    features = neuron_features(blobs())
+    expert_I = balanced_kmeans(features, 4, seeded(0))
+    assert torch.bincount(expert_I).tolist() == [30] * 4
+    within = squared_distances(features, expert_I, 4)
+    assert within < squared_distances(features, random_partition(120, 4, seeded(0)), 4) / 10
+    assert torch.equal(expert_I, balanced_kmeans(features, 4, seeded(0)))
+
+
+def test_a_router_from_centroids_finds_the_expert_whose_neurons_answer():
+    ffn = blobs()
+    expert_I = balanced_kmeans(neuron_features(ffn), 4, seeded(0))
+    router = centroid_router(ffn, expert_I, 4, std=0.02)
+    assert float(router.std()) == pytest.approx(0.02, rel=1e-3)
+    gate_means = torch.stack([ffn.gate_ID[expert_I == e].mean(0) for e in range(4)])
+    assert (gate_means @ router.t()).argmax(-1).tolist() == [0, 1, 2, 3]
+
+
 def test_all_else_is_copied_byte_for_byte_and_experts_are_what_drop_makes(llama_folder, tmp_path):
     config = upcycle(llama_folder, recipe(), tmp_path / "mode")
     dense, made = load_file(llama_folder / "model.safetensors"), load_file(tmp_path / "mode" / "model.safetensors")
@@ -149,13 +209,19 @@ def test_sharded_in_and_sharded_out(qwen3_folder, tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_what_cannot_be_is_refused():
+def test_what_cannot_be_is_refused(qwen3_folder, tmp_path):
     with pytest.raises(InvalidValue, match="draws nothing anew"):
         recipe(mode="copy")
     with pytest.raises(InvalidValue, match=r"rate of 1\.5 is not a share"):
         recipe((1.5,))
     with pytest.raises(InvalidValue, match="Did you mean 'joint'"):
         recipe(mode="join")
+    with pytest.raises(InvalidValue, match="no centroids"):
+        recipe(router_init="centroid")
+    with pytest.raises(InvalidValue, match="granularity of 2 is for"):
+        recipe(granularity=2, renormalize=False)
+    with pytest.raises(InvalidValue, match="width 400 cannot be cut into 7 equal parts"):
+        upcycle(qwen3_folder, recipe((0.0,) * 7, mode="kmeans"), tmp_path / "mode")
     with pytest.warns(UserWarning, match="outside 5% to 30%"):
         recipe((0.5, 0.1), mode="rows")
 

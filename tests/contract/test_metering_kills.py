@@ -14,11 +14,15 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from tests.gateway.metering.conftest import open_charge
 from tests.gateway.metering.test_meter import Ledger
 from zenray.gateway.metering import Charge, Meter, MeterFull
 from zenray.spec.clock import SystemClock
 from zenray.spec.usage import Outcome, Usage, UsageEvent
+
+pytestmark = pytest.mark.contract
 
 KILLS = 40
 MAX_REQUESTS = 60_000
