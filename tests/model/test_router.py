@@ -157,7 +157,7 @@ def test_capacity_keeps_the_first_and_hands_the_rest_to_the_shared_expert(factor
                 expected += weight * (layer.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
             else:
                 overflow[expert] += 1
-                lost += float(weight)
+                lost += float(weight.detach())
         expected += (1 + lost) * layer.shared_expert(x_TD[token])
         fallback_tokens += lost > 0
         torch.testing.assert_close(y_TD[0, token], expected, rtol=1e-4, atol=1e-5)

@@ -9,36 +9,11 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from zenray.spec.documents import Document, load_document
 from zenray.spec.errors import InvalidDocument, suggest
-from zenray.spec.versions import RESERVED_VERSIONS, check_name
+from zenray.spec.lineage import BaseVersion, NewVersion
+from zenray.spec.training import DistillJob, PretrainJob
+from zenray.spec.versions import check_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class BaseVersion(Document):
-    """A published version to start from."""
-
-    model: str
-    version: str | None = Field(None, description="None: the newest published one.")
-    format: str = "safetensors"
-
-    @field_validator("model", "version", "format")
-    @classmethod
-    def _legal(cls, value: str | None) -> str | None:
-        return value if value is None else check_name("model, version or format", value)
-
-
-class NewVersion(Document):
-    """The version that a run publishes."""
-
-    model: str
-    version: str
-
-    @field_validator("model", "version")
-    @classmethod
-    def _legal(cls, value: str) -> str:
-        if value in RESERVED_VERSIONS:
-            raise ValueError(f"{value!r} is a reserved version name")
-        return check_name("model or version", value)
 
 
 class UpcycledGroup(Document):
@@ -75,10 +50,13 @@ class UpcycleJob(Document):
     layers: str | tuple[int, ...] = Field(
         "all", description='Layers that become sparse: "all", "last 6", "first 4", "every 2", or a list (from 0).'
     )
-    mode: Literal["joint", "independent", "rows", "copy"] = Field(
-        "joint", description="What is drawn anew: the paper's, the released code's, the blog's, nothing."
+    mode: Literal["joint", "independent", "rows", "copy", "kmeans", "random"] = Field(
+        "joint",
+        description="What is drawn anew: the paper's, the released code's, the blog's, nothing; or the FFN is divided "
+        "among the experts, by balanced k-means over its neurons or at random.",
     )
-    router_init: Literal["normal", "uniform"] = "normal"
+    granularity: int = Field(1, ge=1, description="Cut each expert into so many; a token takes so many times more.")
+    router_init: Literal["normal", "uniform", "centroid", "zero"] = "normal"
     router_std: float = Field(0.02, gt=0)
     seed: int = 0
     stock_format: Literal["none", "exact", "replicate"] = Field(
@@ -106,7 +84,7 @@ class _Kind(BaseModel):
     kind: str
 
 
-SCHEMAS: dict[str, type[Document]] = {"upcycle": UpcycleJob}
+SCHEMAS: dict[str, type[Document]] = {"upcycle": UpcycleJob, "pretrain": PretrainJob, "distill": DistillJob}
 
 
 def load_job(path: Path) -> Document:

@@ -8,9 +8,12 @@ from typing import Literal, get_args
 
 from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
 from zenray.model.upcycling.drop import DropMode
+from zenray.model.upcycling.partition import check_divisible
 from zenray.spec.errors import InvalidValue, suggest
 
-RouterInit = Literal["normal", "uniform"]
+PartitionMode = Literal["kmeans", "random"]
+PARTITIONS = get_args(PartitionMode)
+RouterInit = Literal["normal", "uniform", "centroid", "zero"]
 ROWS_LOWEST, ROWS_HIGHEST = 0.05, 0.30  # the blog: below, experts stay correlated; above, the copy is worth nothing
 
 
@@ -32,11 +35,17 @@ class GroupRecipe:
 
 @dataclass(frozen=True)
 class UpcyclingRecipe:
-    """Everything that fixes the result, given the dense checkpoint."""
+    """Everything that fixes the result, given the dense checkpoint.
+
+    `granularity` G > 1 makes fine-grained experts (arXiv 2410.07524): each expert is cut into G of a G-th of the width,
+    the router's rows are repeated, `down` is multiplied by G, and each token takes G times as many. Partition modes
+    divide the dense FFN among all experts instead of copying it.
+    """
 
     groups: tuple[GroupRecipe, ...]
     layers: tuple[int, ...]
-    mode: DropMode = "joint"
+    mode: DropMode | PartitionMode = "joint"
+    granularity: int = 1
     experts_per_token: int = 2
     renormalize: bool = True
     router_init: RouterInit = "normal"
@@ -45,7 +54,7 @@ class UpcyclingRecipe:
 
     def __post_init__(self) -> None:
         for value, known, name in (
-            (self.mode, get_args(DropMode), "mode"),
+            (self.mode, (*get_args(DropMode), *PARTITIONS), "mode"),
             (self.router_init, get_args(RouterInit), "router_init"),
         ):
             if value not in known:
@@ -53,9 +62,21 @@ class UpcyclingRecipe:
         if not self.layers:
             raise InvalidValue("No layer was selected: nothing would be upcycled.", param="layers")
         rates = [rate for group in self.groups for rate in group.drop_rates]
-        if self.mode == "copy" and any(rates):
+        if self.mode in ("copy", *PARTITIONS) and any(rates):
             raise InvalidValue(
-                f"Mode 'copy' draws nothing anew, but drop rates are {rates}.", hint="Use 0, or mode 'joint'."
+                f"Mode {self.mode!r} draws nothing anew, but drop rates are {rates}.", hint="Use 0, or mode 'joint'."
+            )
+        if self.granularity < 1:
+            raise InvalidValue(f"granularity is {self.granularity}: it must be at least 1.", param="granularity")
+        if self.granularity > 1 and (self.mode in PARTITIONS or not self.renormalize):
+            raise InvalidValue(
+                f"A granularity of {self.granularity} is for copied or dropped experts with renormalised gate weights; "
+                f"mode is {self.mode!r}, renormalize is {self.renormalize}.",
+                param="granularity",
+            )
+        if self.router_init == "centroid" and self.mode not in PARTITIONS:
+            raise InvalidValue(
+                f"Mode {self.mode!r} has no centroids for the router.", hint="Use 'normal'.", param="router_init"
             )
         outside = sorted({rate for rate in rates if not ROWS_LOWEST <= rate <= ROWS_HIGHEST})
         if self.mode == "rows" and outside:
@@ -72,13 +93,18 @@ class UpcyclingRecipe:
 
     def config(self, dense: MoDEConfig) -> MoDEConfig:
         """The network that this recipe makes of `dense`. InvalidValue for what cannot be."""
+        parts = len(self.drop_rates) if self.mode in PARTITIONS else self.granularity
+        check_divisible(dense.intermediate_size, parts)
+        width = dense.intermediate_size // parts
         return replace(
             dense,
             sparse_layers=self.layers,
             expert_groups=tuple(
-                ExpertGroup(group.name, len(group.drop_rates), dense.intermediate_size) for group in self.groups
+                ExpertGroup(group.name, len(group.drop_rates) * self.granularity, width) for group in self.groups
             ),
-            router=RouterConfig(experts_per_token=self.experts_per_token, renormalize=self.renormalize),
+            router=RouterConfig(
+                experts_per_token=self.experts_per_token * self.granularity, renormalize=self.renormalize
+            ),
         )
 
 

@@ -64,6 +64,7 @@ def make_recipe(job: UpcycleJob, dense: MoDEConfig) -> UpcyclingRecipe:
         groups=tuple(GroupRecipe(group.name, group.drop_rates) for group in job.groups),
         layers=select_layers(job.layers, dense.num_hidden_layers),
         mode=job.mode,
+        granularity=job.granularity,
         experts_per_token=job.experts_per_token,
         renormalize=job.renormalize,
         router_init=job.router_init,

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zenray.model.config import MoDEConfig
 from zenray.model.hf.configuration import ZenModeConfig
-from zenray.model.upcycling.drop import drop, seeded
-from zenray.model.upcycling.recipe import UpcyclingRecipe
+from zenray.model.upcycling.drop import FeedForwardWeights, drop, seeded
+from zenray.model.upcycling.partition import (
+    balanced_kmeans,
+    centroid_router,
+    cut,
+    neuron_features,
+    random_partition,
+)
+from zenray.model.upcycling.recipe import PARTITIONS, UpcyclingRecipe
 from zenray.model.upcycling.source import DenseSource
 from zenray.model.weights import TensorPlan, TensorWriter
 from zenray.storage.base import Progress
@@ -81,8 +89,7 @@ def _plans(dense: DenseSource, config: MoDEConfig) -> Iterator[TensorPlan]:
         if layer not in config.sparse_layers:
             yield from ffn_plans
             continue
-        gate = ffn_plans[0]
-        width, hidden = gate.shape
+        gate, width, hidden = ffn_plans[0], config.expert_widths[0], config.hidden_size
         prefix = f"model.layers.{layer}.mlp."
         yield TensorPlan(f"{prefix}gate.weight", (experts, hidden), gate.dtype)
         yield TensorPlan(f"{prefix}experts.gate_up_proj", (experts, 2 * width, hidden), gate.dtype)
@@ -100,32 +107,67 @@ def _tensors(dense: DenseSource, config: MoDEConfig, recipe: UpcyclingRecipe) ->
                 yield plan.name, dense.read(plan.name)
             continue
         prefix = f"model.layers.{layer}.mlp."
-        gate_up, down = make_experts(dense, layer, recipe)
-        yield f"{prefix}gate.weight", new_router(config, recipe, layer).to(down.dtype)
-        yield f"{prefix}experts.gate_up_proj", gate_up
-        yield f"{prefix}experts.down_proj", down
+        made = make_layer(dense.feed_forward(layer), layer, recipe)
+        yield f"{prefix}gate.weight", made.router.to(made.down.dtype)
+        yield f"{prefix}experts.gate_up_proj", made.gate_up
+        yield f"{prefix}experts.down_proj", made.down
 
 
-def make_experts(dense: DenseSource, layer: int, recipe: UpcyclingRecipe) -> tuple[Tensor, Tensor]:
-    """Fused weights of one layer's experts: (E, 2I, D) with gate rows first, and (E, D, I)."""
-    ffn = dense.feed_forward(layer)
-    width, hidden = ffn.gate_ID.shape
+class Layer(NamedTuple):
+    """What takes the place of one dense FFN."""
+
+    gate_up: Tensor  # (E, 2I, D), gate rows first
+    down: Tensor  # (E, D, I)
+    router: Tensor  # (E, D), float32
+
+
+def make_layer(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe) -> Layer:
+    """The experts and the router that `recipe` makes of one FFN. Depends on (seed, layer) and the weights alone."""
     count = len(recipe.drop_rates)
-    gate_up = ffn.gate_ID.new_empty(count, 2 * width, hidden)
-    down = ffn.down_DI.new_empty(count, hidden, width)
-    for expert, rate in enumerate(recipe.drop_rates):
-        made = drop(ffn, recipe.mode, rate, seeded(recipe.seed, "layer", layer, "expert", expert))
-        gate_up[expert, :width], gate_up[expert, width:], down[expert] = made
-    return gate_up, down
+    if recipe.mode in PARTITIONS:
+        generator = seeded(recipe.seed, "layer", layer, "partition")
+        if recipe.mode == "kmeans":
+            expert_I = balanced_kmeans(neuron_features(ffn), count, generator)
+        else:
+            expert_I = random_partition(ffn.width, count, generator)
+        made: Iterable[FeedForwardWeights] = cut(ffn, expert_I, count)
+        if recipe.router_init == "centroid":
+            return _fused(made, count, centroid_router(ffn, expert_I, count, recipe.router_std))
+    else:
+        made = _copies(ffn, layer, recipe)
+    router = new_router(count, ffn.gate_ID.shape[1], layer, recipe).repeat_interleave(recipe.granularity, dim=0)
+    return _fused(made, count * recipe.granularity, router)
 
 
-def new_router(config: MoDEConfig, recipe: UpcyclingRecipe, layer: int) -> Tensor:
-    """A router's first weights (E, D), float32: normal, or uniform with its mean removed (Drop-Upcycling's code)."""
+def _copies(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe) -> Iterator[FeedForwardWeights]:
+    """Copy after copy of the FFN, each in `granularity` shards of consecutive neurons, with its share drawn anew."""
+    parts = recipe.granularity
+    shards = list(zip(ffn.gate_ID.chunk(parts), ffn.up_ID.chunk(parts), ffn.down_DI.chunk(parts, dim=1), strict=True))
+    for copy, rate in enumerate(recipe.drop_rates):
+        for shard, (gate_ID, up_ID, down_DI) in enumerate(shards):
+            generator = seeded(recipe.seed, "layer", layer, "expert", copy, "shard", shard)
+            whole = FeedForwardWeights(gate_ID, up_ID, down_DI * parts if parts > 1 else down_DI)
+            yield drop(whole, recipe.mode, rate, generator)
+
+
+def _fused(experts: Iterable[FeedForwardWeights], count: int, router: Tensor) -> Layer:
+    gate_up, down = torch.empty(0), torch.empty(0)
+    for index, (gate_ID, up_ID, down_DI) in enumerate(experts):
+        width, hidden = gate_ID.shape
+        if index == 0:
+            gate_up, down = gate_ID.new_empty(count, 2 * width, hidden), down_DI.new_empty(count, hidden, width)
+        gate_up[index, :width], gate_up[index, width:], down[index] = gate_ID, up_ID, down_DI
+    return Layer(gate_up, down, router)
+
+
+def new_router(count: int, hidden: int, layer: int, recipe: UpcyclingRecipe) -> Tensor:
+    """First weights (E, D), float32: normal, uniform with its mean removed (Drop-Upcycling's code), or zero."""
     generator = seeded(recipe.seed, "layer", layer, "router")
-    shape = (config.num_experts, config.hidden_size)
+    if recipe.router_init == "zero":
+        return torch.zeros(count, hidden)
     if recipe.router_init == "normal":
-        return torch.randn(shape, generator=generator) * recipe.router_std
-    drawn = torch.rand(shape, generator=generator)
+        return torch.randn((count, hidden), generator=generator) * recipe.router_std
+    drawn = torch.rand((count, hidden), generator=generator)
     drawn -= drawn.mean()
     return drawn * (recipe.router_std / drawn.std())
 
