@@ -1,0 +1,199 @@
+"""Training the same small networks on one process and on several gloo ranks, and what each of them found."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
+from zenray.model.network import MoDE
+from zenray.model.router import TokenChoiceRouter
+from zenray.spec.training import DistillJob, PretrainJob, TrainingJob
+from zenray.training.checkpointing import load, save
+from zenray.training.data.stream import Batch, pack
+from zenray.training.loss import hidden_states
+from zenray.training.mesh import Mesh
+from zenray.training.trainer import Trainer
+
+VOCABULARY, LENGTH, PASSES = 61, 12, 2
+SEQUENCES = 7  # of one pass, over all workers: they do not divide evenly
+UNEVEN = {1: (7,), 2: (5, 2), 4: (3, 2, 1, 1)}  # sequences of each rank
+
+BASE = MoDEConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    sparse_layers=(1, 2),
+    expert_groups=(ExpertGroup("general", 5, 16), ExpertGroup("code", 3, 16)),
+    router=RouterConfig(experts_per_token=2, balance_coefficient=0.1, z_coefficient=1e-2, selection_bias=True),
+    initializer_range=0.2,
+)
+DIVERSE = replace(
+    BASE,
+    expert_groups=(ExpertGroup("general", 3, 16), ExpertGroup("code", 2, 24), ExpertGroup("math", 1, 16)),
+    router=RouterConfig(experts_per_token=2, balance_loss="cv2", balance_coefficient=0.1, renormalize=False),
+    shared_expert_width=8,
+    shared_expert_gate=True,
+    tie_word_embeddings=True,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`empty`: experts that no token ever reaches."""
+
+    config: MoDEConfig
+    settings: dict[str, Any] = field(default_factory=dict)
+    train: tuple[str, ...] = ("dense", "routers", "experts")
+    empty: tuple[int, ...] = ()
+    has_teacher: bool = False
+    optimizer: str = "sgd"
+
+
+UNCLIPPED = {"clip_norm": 1e9, "weight_decay": 0.0}
+CLIPPED = {"clip_norm": 0.5, "expert_clip_norm": 0.02, "weight_decay": 0.0}
+ADAMW = {**CLIPPED, "weight_decay": 0.1, "learning_rate": 1e-2}
+CASES = {
+    "equal experts": Case(BASE, UNCLIPPED),
+    "empty experts": Case(BASE, UNCLIPPED, empty=(0, 1, 6)),
+    "diverse experts with a teacher": Case(DIVERSE, UNCLIPPED, has_teacher=True),
+    "clipped": Case(BASE, CLIPPED),
+    "clipped diverse": Case(DIVERSE, CLIPPED),
+    "one group learns": Case(BASE, ADAMW, train=("experts/code", "routers"), optimizer="adamw"),
+    "adamw": Case(BASE, ADAMW, optimizer="adamw"),
+}
+LAYOUTS = {2: (1, 2), 4: (1, 2, 4)}  # world: expert_parallel
+
+
+@dataclass
+class Found:
+    """One rank's result of one case. Gradients and weights are those of this rank: experts in parts."""
+
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    norms: dict[str, Any]
+    report: Any
+    loads: list[torch.Tensor]
+
+
+def job_of(case: Case) -> TrainingJob:
+    about: dict[str, Any] = {
+        "name": "parity",
+        "base": {"model": "base"},
+        "into": {"model": "made", "version": "v1"},
+        "data": {"sources": [{"domain": "prose", "builtin": "prose"}]},
+        "steps": 4,
+        "train": case.train,
+        "optimisation": {"warmup_steps": 0, "learning_rate": 0.1, **case.settings},
+    }
+    if case.has_teacher:
+        teachers = [{"version": {"model": "teacher"}}]
+        return DistillJob(**about, kind="distill", teachers=teachers, distillation=0.7, temperature=2.0)
+    return PretrainJob(**about, kind="pretrain")
+
+
+def network(config: MoDEConfig, seed: int, empty: tuple[int, ...] = ()) -> MoDE:
+    torch.manual_seed(seed)
+    model = MoDE(config)
+    for part in model.modules():
+        if isinstance(part, TokenChoiceRouter) and part.bias_E is not None:
+            part.bias_E[list(empty)] = -100.0
+    return model
+
+
+def make_trainer(case: Case, mesh: Mesh | None = None) -> Trainer:
+    teachers = [(network(replace(case.config, num_hidden_layers=1, sparse_layers=(0,)), 5), 1.0)]
+    trainer = Trainer(network(case.config, 1, case.empty), job_of(case), mesh, teachers if case.has_teacher else ())
+    if case.optimizer == "sgd":  # Adam divides a wrong scale away; plain descent shows it
+        masters = [one.master for one in trainer.trainables]
+        trainer.optimizer = torch.optim.SGD([{"params": masters, "scale": 1.0}], lr=0.1)
+    return trainer
+
+
+def whole_pass(number: int) -> list[Any]:
+    """All sequences of a pass: documents of random lengths."""
+    generator = torch.Generator().manual_seed(number)
+    found = []
+    for _ in range(SEQUENCES):
+        tokens = torch.randint(0, VOCABULARY, (LENGTH + 1,), generator=generator)
+        begins = torch.rand(LENGTH + 1, generator=generator) < 0.2
+        found.append((tokens.numpy(), begins.cumsum(0).numpy()))
+    return found
+
+
+def batches_of(rank: int, world: int, step: int) -> list[Batch]:
+    sizes = UNEVEN[world]
+    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    return [pack(whole_pass(step * PASSES + number)[part]) for number in range(PASSES)]
+
+
+def run_case(case: Case, mesh: Mesh | None = None, rank: int = 0, world: int = 1, steps: int = 1) -> Found:
+    trainer = make_trainer(case, mesh)
+    with torch.no_grad():
+        outputs = [hidden_states(trainer.model, batch)[0] for batch in batches_of(rank, world, 0)]
+    report = None
+    for step in range(steps):
+        report = trainer.step(step, batches_of(rank, world, step))
+    biases = [part.bias_E.clone() for part in trainer.model.modules() if getattr(part, "bias_E", None) is not None]
+    return Found(
+        outputs=outputs,
+        gradients={one.name: one.gradient.clone() for one in trainer.trainables},
+        weights={name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()},
+        norms={"total": report.gradient_norm, **report.gradient_norms},
+        report=report,
+        loads=biases,
+    )
+
+
+def spawn(world: int, folder: Path, chain: tuple[Path, ...]) -> dict[tuple[str, int], list[Found]]:
+    """Every case on every layout of `world` ranks: {(case, expert_parallel): one result for each rank}."""
+    folder.mkdir()
+    multiprocessing.spawn(_rank_main, args=(world, str(folder), tuple(map(str, chain))), nprocs=world)
+    by_rank = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
+    return {key: [found[key] for found in by_rank] for key in by_rank[0]}
+
+
+def _rank_main(rank: int, world: int, folder: str, chain: tuple[str, ...]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    found = {}
+    for expert_size in LAYOUTS[world]:
+        mesh = Mesh.create(expert_size)
+        for name, case in CASES.items():
+            found[name, expert_size] = run_case(case, mesh, rank, world)
+    _reshard(world, chain)
+    torch.save(found, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _reshard(world: int, chain: tuple[str, ...]) -> None:
+    """Two ranks train at EP 2 and save; four load what one process made of it at EP 4, save, and go back to EP 2."""
+    case = RESHARDED
+    if world == 2:
+        trainer = make_trainer(case, Mesh.create(2))
+        for step in range(2):
+            trainer.step(step, batches_of(dist.get_rank(), 2, step))
+        save(trainer, 2, Path(chain[0]))
+        return
+    source = Path(chain[0])
+    for expert_size, target in zip((4, 2), chain[1:], strict=True):
+        trainer = make_trainer(case, Mesh.create(expert_size))
+        steps = load(trainer, source)
+        save(trainer, steps, Path(target))
+        source = Path(target)
+
+
+RESHARDED = replace(CASES["clipped diverse"], optimizer="adamw")

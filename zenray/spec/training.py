@@ -1,0 +1,169 @@
+"""Training jobs: how a published version becomes a better one, with or without teachers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from zenray.spec.documents import Document
+from zenray.spec.lineage import BaseVersion, NewVersion
+from zenray.spec.versions import check_name
+
+BuiltinCorpus = Literal["code", "prose", "mathematics"]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class DataSource(Document):
+    """Text of one domain: files, or one of the small real corpora that every machine has (`zenray data`)."""
+
+    domain: str = Field(min_length=1)
+    path: str | None = Field(
+        None, description="A .jsonl or .parquet file (column `text`), a text file, or a folder of those."
+    )
+    builtin: BuiltinCorpus | None = Field(
+        None, description="code: Python's library; prose: Python's manual; mathematics: sympy's documentation."
+    )
+    weight: Positive = Field(1.0, description="The domain's share of the sequences, relative to the other weights.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataSource:
+        if (self.path is None) == (self.builtin is None):
+            raise ValueError(f"domain {self.domain!r} needs either path or builtin")
+        return self
+
+
+class TrainingData(Document):
+    """What is read. Sequences are packed from whole documents that do not see one another."""
+
+    sources: tuple[DataSource, ...] = Field(min_length=1)
+    sequence_tokens: int = Field(512, ge=8)
+    validation_share: float = Field(0.02, ge=0, le=0.5, description="Documents kept from training, to measure on.")
+
+    @model_validator(mode="after")
+    def _domains_differ(self) -> TrainingData:
+        names = [source.domain for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"domains repeat: {', '.join(names)}")
+        return self
+
+
+class Optimisation(Document):
+    """AdamW with a warm-up and a cosine, and gradients clipped by expert, then as a whole."""
+
+    learning_rate: Positive = 1e-4
+    final_share: float = Field(0.1, ge=0, le=1, description="The last step's learning rate, as a share of the highest.")
+    warmup_steps: int = Field(10, ge=0)
+    router_scale: Positive = Field(1.0, description="Routers learn at this multiple of the learning rate.")
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: Positive = 1e-8
+    clip_norm: Positive = Field(1.0, description="The norm of all gradients together is kept at or below this.")
+    expert_clip_norm: Positive | None = Field(
+        None, description="First, the norm of each single expert's gradient is kept at or below this."
+    )
+
+
+class Workers(Document):
+    """How many processes train, and how experts lie on them. Changing it does not change the result."""
+
+    count: int = Field(1, ge=1)
+    expert_parallel: int = Field(1, ge=1, description="Workers that share one set of experts; divides count.")
+    gpu: bool = Field(False, description="One GPU for each worker, and NCCL; otherwise CPUs and gloo.")
+    cpus: float = Field(1, gt=0, description="CPUs that Ray sets aside for each worker.")
+    max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint; -1: without limit.")
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Workers:
+        if self.count % self.expert_parallel:
+            legal = [n for n in range(1, self.count + 1) if self.count % n == 0]
+            raise ValueError(
+                f"{self.count} workers cannot form groups of {self.expert_parallel}: "
+                f"expert_parallel can be {', '.join(map(str, legal))}"
+            )
+        return self
+
+
+class Checkpoints(Document):
+    every_steps: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class Evaluation(Document):
+    every_steps: int = Field(100, ge=1)
+    sequences: int = Field(8, ge=0, description="Of each domain's held-out part, at most; 0: no evaluation.")
+
+
+class _TrainingJob(Document):
+    name: str
+    base: BaseVersion = Field(description="Gives the network, the tokenizer and, unless they are fresh, the weights.")
+    into: NewVersion
+    weights: Literal["base", "fresh"] = "base"
+    data: TrainingData
+    steps: int = Field(ge=1)
+    sequences_per_step: int = Field(8, ge=1, description="Over all workers.")
+    sequences_per_pass: int = Field(4, ge=1, description="That one worker computes at once; the rest accumulates.")
+    train: tuple[str, ...] = Field(
+        ("dense", "routers", "experts"),
+        min_length=1,
+        description="What learns: dense (all but the next two), routers, experts, or experts/GROUP for one group.",
+    )
+    optimisation: Optimisation = Optimisation()
+    workers: Workers = Workers()
+    checkpoints: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the arithmetic; bfloat16 keeps float32 master weights."
+    )
+    activation_checkpointing: bool = Field(True, description="Recompute layers in the backward pass: less memory.")
+    not_finite: Literal["skip", "stop"] = Field(
+        "skip", description="On a loss or gradient that is not finite: leave the step out, or end the run."
+    )
+    seed: int = 0
+
+    @field_validator("name")
+    @classmethod
+    def _legal(cls, value: str) -> str:
+        return check_name("job", value)
+
+    @field_validator("train")
+    @classmethod
+    def _known_parts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for part in value:
+            if part not in ("dense", "routers", "experts") and not part.startswith("experts/"):
+                raise ValueError(f"{part!r} cannot be trained: write dense, routers, experts or experts/GROUP")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_passes(self) -> _TrainingJob:
+        at_once = self.workers.count * self.sequences_per_pass
+        if self.sequences_per_step % at_once:
+            raise ValueError(
+                f"sequences_per_step is {self.sequences_per_step}, but {self.workers.count} workers with "
+                f"sequences_per_pass {self.sequences_per_pass} compute {at_once} at once: use a multiple of {at_once}"
+            )
+        return self
+
+
+class PretrainJob(_TrainingJob):
+    """Train on text: from fresh weights, or on from those of a published version."""
+
+    kind: Literal["pretrain"]
+
+
+class Teacher(Document):
+    version: BaseVersion
+    weight: Positive = 1.0
+
+
+class DistillJob(_TrainingJob):
+    """Train on text and toward teachers: L = L_LM + λ · KL(teacher ‖ student) (zen-mode blog, phase 3)."""
+
+    kind: Literal["distill"]
+    teachers: tuple[Teacher, ...] = Field(min_length=1)
+    distillation: float = Field(1.0, ge=0, description="λ, for the mean over teachers by their weights.")
+    temperature: Positive = Field(1.0, description="Softens both distributions; the loss is scaled by its square.")
+
+
+TrainingJob = PretrainJob | DistillJob

@@ -1,0 +1,113 @@
+"""The state of a run on disk, as a torch distributed checkpoint: written at one layout of workers, read at any other.
+
+Experts are written as shards of one whole tensor, so a checkpoint does not know how many workers made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from zenray.spec.errors import CorruptData
+from zenray.training.mesh import Mesh
+from zenray.training.trainable import named_tensors, publish_masters
+from zenray.training.trainer import Trainer
+
+_WEIGHT, _MOMENT = "weights.", "moments."
+
+
+def save(trainer: Trainer, step: int, folder: Path) -> None:
+    """Write weights (float32 where they learn), moments and the number of steps done. Collective; blocks.
+
+    Each worker writes its own files, the first also `.metadata`: folders of several workers are merged by copying.
+    """
+    state: dict[str, Any] = _tensors(trainer)
+    state["step"] = torch.tensor(step)
+    state["updates"] = torch.tensor(_updates(trainer))
+    dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load(trainer: Trainer, folder: Path) -> int:
+    """Read what `save` wrote, at whatever layout, into the trainer; returns the steps done. Collective."""
+    state: dict[str, Any] = _tensors(trainer)
+    state["step"], state["updates"] = torch.tensor(0), torch.tensor(0)
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    for one in trainer.trainables:
+        trainer.optimizer.state[one.master]["step"].fill_(float(state["updates"]))
+    publish_masters(trainer.trainables)
+    return int(state["step"])
+
+
+def read_weight(folder: Path, name: str) -> Tensor:
+    """One whole tensor of a checkpoint, by the network's name for it. CorruptData when it is not there."""
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    found = metadata.get(_WEIGHT + name)
+    if not isinstance(found, TensorStorageMetadata):
+        raise CorruptData(f"The checkpoint in {folder} has no weights {name!r}.")
+    whole = torch.empty(found.size, dtype=found.properties.dtype)
+    dcp.load({_WEIGHT + name: whole}, checkpoint_id=folder, no_dist=True)
+    return whole
+
+
+def difference(one: Path, other: Path) -> list[str]:
+    """Names of tensors that two checkpoints do not share bit for bit; [] when they are the same state."""
+    contents = [FileSystemReader(folder).read_metadata().state_dict_metadata for folder in (one, other)]
+    found = sorted(contents[0].keys() ^ contents[1].keys())
+    for name in sorted(contents[0].keys() & contents[1].keys()):
+        pair = []
+        for folder, metadata in zip((one, other), contents, strict=True):
+            about = metadata[name]
+            assert isinstance(about, TensorStorageMetadata)
+            whole = torch.empty(about.size, dtype=about.properties.dtype)
+            dcp.load({name: whole}, checkpoint_id=folder, no_dist=True)
+            pair.append(whole)
+        if pair[0].dtype != pair[1].dtype or not torch.equal(*pair):
+            found.append(name)
+    return found
+
+
+def _tensors(trainer: Trainer) -> dict[str, Any]:
+    """Everything that changes, under one flat name each, sharing memory with the trainer."""
+    mesh, sizes = trainer.mesh, trainer.bank_sizes
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(trainer.model).items()}
+    tensors |= {one.name: one.master.detach() for one in trainer.trainables}
+    state = {_WEIGHT + name: _whole(name, tensor, mesh, sizes) for name, tensor in tensors.items()}
+    for one in trainer.trainables:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            local = trainer.optimizer.state[one.master][moment]
+            state[f"{_MOMENT}{moment}.{one.name}"] = _whole(one.name, local, mesh, sizes)
+    return state
+
+
+def _whole(name: str, local: Tensor, mesh: Mesh, sizes: dict[str, int]) -> Tensor:
+    """`local`, said as a part of the whole tensor where it is one."""
+    experts = sizes.get(name.rpartition(".")[0])
+    if experts is None or mesh.expert_size == 1 or mesh.device_mesh is None:
+        return local
+    shape = torch.Size((experts, *local.shape[1:]))
+    return DTensor.from_local(
+        local, mesh.device_mesh, (Replicate(), Shard(0)), shape=shape, stride=_strides(local.shape[1:])
+    )
+
+
+def _strides(inner: Iterable[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor whose axes after the first are `inner`."""
+    strides = [1]
+    for size in reversed(list(inner)):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
+
+
+def _updates(trainer: Trainer) -> int:
+    """Steps that the optimiser took: fewer than the run's where some were skipped."""
+    first = trainer.trainables[0].master
+    return int(trainer.optimizer.state[first]["step"])

@@ -1,0 +1,1 @@
+"""From text to packed sequences in a fixed order."""

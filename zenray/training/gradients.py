@@ -1,0 +1,121 @@
+"""From the gradients of single passes to the one gradient of a step, the same on every layout of workers.
+
+Each worker's loss is its part of a sum over the whole batch, so gradients are added up, never averaged: a dense
+parameter's over all workers, an expert's over those that hold it, because within a group every token's contribution
+has already reached it. There is no factor to get wrong.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from zenray.training.mesh import Mesh, sum_of
+from zenray.training.trainable import Trainable
+
+BUCKET_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """Before the global clip. `total` is of all gradients after experts were clipped; each parameter counts once."""
+
+    total: float
+    by_kind: dict[str, float]
+    by_expert: dict[str, list[float]] = field(default_factory=dict)  # bank: one for each expert, before its clip
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(torch.tensor(self.total)))
+
+
+@torch.no_grad()
+def reduce_gradients(trainables: Sequence[Trainable], mesh: Mesh) -> None:
+    """Add gradients up over the workers that share a parameter, in place. Collective. Frozen experts' become zero."""
+    for one in trainables:
+        if one.master.grad is None:  # its part of the network was never reached
+            one.master.grad = torch.zeros_like(one.master)
+        if one.bank is not None and one.bank.frozen:
+            one.gradient[list(one.bank.frozen)] = 0
+    if mesh.world == 1:
+        return
+    groups: dict[bool, list[Tensor]] = defaultdict(list)
+    for one in trainables:
+        groups[one.kind == "expert"].append(one.gradient)
+    _all_reduce(groups[False], None)
+    if mesh.world > mesh.expert_size:
+        _all_reduce(groups[True], mesh.replica_group)
+
+
+def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """In buckets: few large messages."""
+    bucket: list[Tensor] = []
+    for index, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        if index + 1 < len(gradients) and sum(one.nbytes for one in bucket) < BUCKET_BYTES:
+            continue
+        flat = _flatten_dense_tensors(bucket)
+        dist.all_reduce(flat, group=group)
+        for one, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+            one.copy_(reduced)
+        bucket = []
+
+
+@torch.no_grad()
+def clip_gradients(
+    trainables: Sequence[Trainable], mesh: Mesh, *, clip_norm: float, expert_clip_norm: float | None
+) -> GradientNorms:
+    """Clip each expert's gradient (zen-mode blog), then all of it together, in place. Collective; after reduction.
+
+    An expert's gradient is that of its gate, up and down matrices in one layer.
+    """
+    squares = _expert_squares(trainables, mesh)
+    scales = {}
+    for bank, square_E in squares.items():
+        scales[bank] = torch.ones_like(square_E)
+        if expert_clip_norm is not None:
+            scales[bank] = (expert_clip_norm / (square_E.sqrt() + 1e-6)).clamp(max=1.0)
+    by_kind = {"expert": sum_of([(squares[bank] * scales[bank].square()).sum() for bank in squares])}
+    for kind in ("dense", "router"):
+        by_kind[kind] = sum_of([_square(one.gradient) for one in trainables if one.kind == kind])
+    total = float(sum_of(list(by_kind.values())).sqrt())
+    whole = min(1.0, clip_norm / (total + 1e-6))
+    for one in trainables:
+        if one.bank is not None:
+            mine_F = scales[one.bank.layer][one.bank.mine] * whole
+            one.gradient.mul_(mine_F.to(one.gradient.dtype)[:, None, None])
+        elif whole < 1:
+            one.gradient.mul_(whole)
+    return GradientNorms(
+        total,
+        {kind: float(square.sqrt()) for kind, square in by_kind.items()},
+        {bank: square_E.sqrt().tolist() for bank, square_E in squares.items()},
+    )
+
+
+def _expert_squares(trainables: Sequence[Trainable], mesh: Mesh) -> dict[str, Tensor]:
+    """‖g‖² of every expert of every bank, double, the same on all workers: each is computed by the rank that holds it.
+
+    A sum with zeros is exact, so the layout does not show.
+    """
+    squares: dict[str, Tensor] = {}
+    for one in trainables:
+        if one.bank is not None:
+            empty = torch.zeros(one.bank.count, dtype=torch.double, device=one.gradient.device)
+            square_E = squares.setdefault(one.bank.layer, empty)
+            square_E[one.bank.mine] += _square(one.gradient.flatten(1), dim=1)
+    if squares and mesh.expert_size > 1:
+        flat = mesh.add_up_experts(torch.cat(list(squares.values())))
+        parts = flat.split([square.numel() for square in squares.values()])
+        squares = dict(zip(squares, parts, strict=True))
+    return squares
+
+
+def _square(gradient: Tensor, dim: int | None = None) -> Tensor:
+    return torch.linalg.vector_norm(gradient, dim=dim).double().square()

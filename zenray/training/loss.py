@@ -1,0 +1,121 @@
+"""What a run minimises: next-token loss, distance to teachers, and even routing.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zenray.model.balance import RouterStats
+from zenray.model.network import Masks, MoDE
+from zenray.training.data.stream import IGNORED, Batch
+
+CHUNK_TOKENS = 1024  # logits of so many tokens are in memory at once
+
+
+class TeacherStates(NamedTuple):
+    """What a teacher says about a batch, before its head: logits would be V / D times as large."""
+
+    h_TD: Tensor
+    head_VD: Tensor
+    weight: float  # of this teacher; they sum to 1
+
+
+class HeadLoss(NamedTuple):
+    """Sums over targets. `total` = lm + distillation coefficient · kl; only it carries gradients."""
+
+    total: Tensor
+    lm: Tensor
+    kl: Tensor
+
+
+def hidden_states(model: MoDE, batch: Batch) -> tuple[Tensor, list[RouterStats]]:
+    """(h_TD, router sums of each sparse layer) of packed sequences whose documents do not see one another."""
+    config = model.config
+    masks = Masks(batch.mask(), batch.mask(config.sliding_window) if config.local_layers else None)
+    h_BSD, stats = model.model(model.model.embed_tokens(batch.ids_BS), batch.positions_BS, masks)
+    return h_BSD.flatten(0, 1), stats
+
+
+def head_loss(
+    h_TD: Tensor,
+    head_VD: Tensor,
+    labels_T: Tensor,
+    teachers: Sequence[TeacherStates] = (),
+    *,
+    distillation: float = 0.0,
+    temperature: float = 1.0,
+) -> HeadLoss:
+    """Cross-entropy and λ·τ²·KL(teacher ‖ student) at temperature τ, summed over targets, float32.
+
+    Forward KL, weighted over teachers (zen-mode blog; τ² as in arXiv 1503.02531). In the memory of one chunk's logits.
+    """
+    return HeadLoss(*_ChunkedHead.apply(h_TD, head_VD, labels_T, tuple(teachers), distillation, temperature))
+
+
+def _chunk_loss(
+    h: Tensor, head_VD: Tensor, labels: Tensor, teachers: Sequence[TeacherStates], temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(lm, kl) summed over one chunk. `teachers` hold the chunk's states."""
+    logits = F.linear(h, head_VD).float()
+    lm = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    kl = lm.new_zeros(())
+    if teachers:
+        counted = labels != IGNORED
+        log_q = (logits / temperature).log_softmax(dim=-1)
+        for teacher in teachers:
+            log_p = (F.linear(teacher.h_TD, teacher.head_VD).float() / temperature).log_softmax(dim=-1)
+            of_token = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+            kl = kl + teacher.weight * temperature**2 * (of_token * counted).sum()
+    return lm, kl
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Computes each chunk's gradient together with its loss, so that no chunk's logits outlive it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_TD: Tensor,
+        head_VD: Tensor,
+        labels_T: Tensor,
+        teachers: tuple[TeacherStates, ...],
+        distillation: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_h, needs_head = ctx.needs_input_grad[:2]
+        lm, kl = (torch.zeros((), device=h_TD.device) for _ in range(2))
+        dh_TD = torch.empty_like(h_TD) if needs_h else None
+        dhead_VD = torch.zeros_like(head_VD) if needs_head else None
+        for start in range(0, h_TD.shape[0], CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            h = h_TD[part].detach().requires_grad_(needs_h)
+            head = head_VD.detach().requires_grad_(needs_head)
+            taught = [teacher._replace(h_TD=teacher.h_TD[part]) for teacher in teachers]
+            with torch.set_grad_enabled(needs_h or needs_head):
+                chunk_lm, chunk_kl = _chunk_loss(h, head, labels_T[part], taught, temperature)
+                wanted = [tensor for tensor in (h, head) if tensor.requires_grad]
+                if wanted:
+                    gradients = list(torch.autograd.grad(chunk_lm + distillation * chunk_kl, wanted))
+                    if dh_TD is not None:
+                        dh_TD[part] = gradients.pop(0)
+                    if dhead_VD is not None:
+                        dhead_VD += gradients.pop()
+            lm, kl = lm + chunk_lm.detach(), kl + chunk_kl.detach()
+        ctx.save_for_backward(dh_TD, dhead_VD)
+        ctx.mark_non_differentiable(lm, kl)
+        return lm + distillation * kl, lm, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dh_TD, dhead_VD = ctx.saved_tensors
+        scaled = [None if gradient is None else gradient * dtotal.to(gradient.dtype) for gradient in (dh_TD, dhead_VD)]
+        return *scaled, None, None, None, None

@@ -1,0 +1,73 @@
+"""Routing over the whole batch: what each layer's routers did on all workers, and the losses computed from it.
+
+Capacity and expert choice look at one worker's pass alone (zenray.model.router), so with them, and only with them, a
+result depends on how many workers there are.
+
+E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zenray.model.balance import LoadReport, RouterStats, load_report
+from zenray.model.network import MoDE
+from zenray.training.mesh import Mesh
+
+_MEANS = {"cutoff_E"}  # over workers and passes; everything else in RouterStats is a sum
+
+
+class StepRouting:
+    """The routing of one optimiser step, pass by pass."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._passes = 0
+        self._totals: list[RouterStats] = []  # of each sparse layer, over all workers and the passes so far
+
+    def loss(self, model: MoDE, stats: list[RouterStats], step_tokens: int) -> Tensor:
+        """The balance losses of one pass, as its share of the step's `step_tokens`. Collective: one small sum.
+
+        The value is that of the whole batch, the same on every worker; the gradient is this worker's part of it. Loads
+        are those of all passes of the step so far (global-batch balancing with accumulation, arXiv 2501.11873).
+        """
+        if not stats:
+            return torch.zeros((), device=model.lm_head.weight.device)
+        whole = self._over_workers(stats)
+        self._passes += 1
+        new = [_each(layer, Tensor.detach) for layer in whole]
+        self._totals = [_add(*pair) for pair in zip(self._totals, new, strict=True)] if self._totals else new
+        loads = [layer.load_E for layer in self._totals]
+        return model.router_loss(whole, loads) * (whole[0].num_tokens.detach() / step_tokens)
+
+    def finish(self, model: MoDE) -> None:
+        """Let the routers learn what they learn without gradients. Once, after the optimiser's step."""
+        if self._totals:
+            parts = self._passes * self._mesh.world
+            means = [{name: getattr(layer, name) for name in _MEANS} for layer in self._totals]
+            taken = [{name: value / parts for name, value in one.items() if value is not None} for one in means]
+            totals = [layer._replace(**mean) for layer, mean in zip(self._totals, taken, strict=True)]
+            model.model.after_step(totals)
+
+    def reports(self) -> list[LoadReport]:
+        """How evenly each sparse layer's experts were loaded in this step."""
+        return [load_report(layer.load_E) for layer in self._totals]
+
+    def _over_workers(self, stats: list[RouterStats]) -> list[RouterStats]:
+        """Sums over all workers in value; gradients reach this worker's part only."""
+        if self._mesh.world == 1:
+            return stats
+        values = [value for layer in stats for value in layer if value is not None]
+        summed = self._mesh.add_up(torch.cat([value.detach().reshape(-1) for value in values]))
+        parts = iter(summed.split([value.numel() for value in values]))
+        # total + (mine − mine): exactly the total, with the gradient of mine.
+        return [_each(layer, lambda mine: next(parts).view_as(mine) + (mine - mine.detach())) for layer in stats]
+
+
+def _each(layer: RouterStats, change) -> RouterStats:  # type: ignore[no-untyped-def]
+    return RouterStats(*(None if value is None else change(value) for value in layer))
+
+
+def _add(one: RouterStats, other: RouterStats) -> RouterStats:
+    return RouterStats(*(None if a is None or b is None else a + b for a, b in zip(one, other, strict=True)))
