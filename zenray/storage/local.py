@@ -120,7 +120,7 @@ class LocalStore(ObjectStore):
             try:
                 os.close(descriptor)
                 with open(name, "wb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that its writer lives, see _sweep
+                    fcntl.flock(file, fcntl.LOCK_EX)  # says that its writer lives; a sweeper lets go at once
                     fill(file)
                     file.flush()
                     os.fchmod(file.fileno(), 0o644)
