@@ -13,6 +13,7 @@ from zenray.gateway.admission import Endpoint
 from zenray.gateway.config import GatewayConfig
 from zenray.gateway.credit import Credit
 from zenray.gateway.edge import EdgeClient, follow_snapshot
+from zenray.gateway.http_client import Client
 from zenray.gateway.logs import RequestLog
 from zenray.gateway.metering import LeaseBook, Meter, Shipper
 from zenray.gateway.metrics import CONTENT_TYPE, Metrics
@@ -70,6 +71,7 @@ class Gateway:
             clock=self._clock,
         )
         self._session = new_session()
+        self._replicas = Client(silence_s=config.upstream_silence_s)
         edge = EdgeClient(self._session, config.control_url, token, self.gateway_id)
         self._shipper = Shipper(self.meter, edge.ship, interval_s=config.ship_interval_s)
         credit = Credit(
@@ -84,7 +86,7 @@ class Gateway:
             directory=self.directory,
             credit=credit,
             meter=self.meter,
-            upstream=Upstream(self._session, self.directory, self._clock, silence_s=config.upstream_silence_s),
+            upstream=Upstream(self._replicas, self.directory, self._clock),
             waker=Waker(self._session, self.directory, timeout_s=config.wake_timeout_s),
             metrics=self._metrics,
             request_log=self._request_log,
@@ -106,6 +108,7 @@ class Gateway:
         except TimeoutError:
             log.warning("usage_left_on_disk", extra={"events": self.meter.unshipped_events})
         self.meter.close()
+        await self._replicas.close()
         await self._session.close()
         self._request_log.flush()
         log.info("stopped")

@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import orjson
 
 from zenray.gateway import admission, failures
@@ -161,14 +160,12 @@ class Proxy:
         for one in prompts:
             body = admission.tokenize_body(asked, route, one)
             answer = await self._upstream.ask(asked.model, "/tokenize", body, reply.request_id)
-            finished = False
             try:
                 raw = await answer.response.read()
-                finished = True
-            except (aiohttp.ClientError, TimeoutError, OSError):
+            except OSError:
                 raise failures.died(started=False) from None
             finally:
-                answer.release(finished=finished)
+                answer.release()
             if answer.response.status != 200:
                 raise self._refusal(answer.response.status, raw, asked, route)
             try:
@@ -190,18 +187,16 @@ class Proxy:
         return self._directory.routes.get(asked.model, route)
 
     async def _pass_on(self, asked: Asked, route: Route, answer: Answer, bill: _Bill, reply: Reply) -> None:
-        finished = False
         try:
             if answer.response.status != 200:
                 bill.usage = Usage()
-                raw = await answer.response.content.read(_MAX_ERROR_BYTES)
+                raw = await answer.response.read(_MAX_ERROR_BYTES)
                 raise self._refusal(answer.response.status, raw, asked, route)
             if asked.stream:
                 await self._pass_stream(asked, route, answer, bill, reply)
             else:
                 await self._pass_whole(asked, answer, bill, reply)
-            finished = True
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except OSError as error:
             log.warning(
                 "replica_lost",
                 extra={
@@ -213,7 +208,7 @@ class Proxy:
             )
             raise failures.died(started=reply.streaming) from None
         finally:
-            answer.release(finished=finished)
+            answer.release()
 
     async def _pass_whole(self, asked: Asked, answer: Answer, bill: _Bill, reply: Reply) -> None:
         raw = await answer.response.read()
@@ -235,7 +230,7 @@ class Proxy:
         events = EventStream(bill.charge, model=asked.model, choices=asked.choices, include_usage=asked.include_usage)
         await reply.start_stream()
         try:
-            async for data in answer.response.content.iter_any():
+            while data := await answer.response.chunk():
                 passed = events.feed(data)
                 if events.error is not None:
                     if passed:

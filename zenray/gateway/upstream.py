@@ -7,9 +7,9 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 
 import aiohttp
-from yarl import URL
 
 from zenray.gateway import failures
+from zenray.gateway.http_client import Client, Connection, Lost, Unreachable
 from zenray.gateway.snapshot import Directory, Route
 from zenray.spec.clock import Clock
 from zenray.spec.edge import Endpoint as Replica
@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 3.0
 _SUSPECT_S = 2.0
-_KEEP_ALIVE_S = 4.0  # shorter than the 5 s of uvicorn, on which engines run: a kept connection is not one being closed
 _WAKE_POLL_S = 0.05
 
 
@@ -54,31 +53,26 @@ class Answer:
 
     __slots__ = ("_upstream", "replica_id", "response")
 
-    def __init__(self, upstream: Upstream, replica_id: str, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, upstream: Upstream, replica_id: str, response: Connection) -> None:
         self._upstream = upstream
         self.replica_id = replica_id
         self.response = response
 
-    def release(self, *, finished: bool) -> None:
-        """`finished`: read to its end. Otherwise the connection is closed, and the engine stops computing."""
-        if finished:
-            self.response.release()
-        else:
-            self.response.close()
+    def release(self) -> None:
+        """Unless it has been read to its end, the connection is closed, and the engine stops computing."""
+        self.response.release()
         self._upstream.done(self.replica_id)
 
 
 class Upstream:
     """Asks replicas for one gateway process."""
 
-    def __init__(self, session: aiohttp.ClientSession, directory: Directory, clock: Clock, *, silence_s: float) -> None:
+    def __init__(self, client: Client, directory: Directory, clock: Clock) -> None:
         self.outstanding: dict[str, int] = {}
-        self._session = session
+        self._client = client
         self._directory = directory
         self._clock = clock
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=silence_s)
         self._suspect_until: dict[str, float] = {}
-        self._urls: dict[tuple[str, str], URL] = {}
         self._turn = 0
 
     async def ask(self, model: str, path: str, body: bytes, request_id: str) -> Answer:
@@ -100,29 +94,21 @@ class Upstream:
             self.outstanding[replica.replica_id] = self.outstanding.get(replica.replica_id, 0) + 1
             answered = False
             try:
-                response = await self._session.post(
-                    self._url(replica.url, path),
-                    data=body,
-                    headers={
-                        "authorization": f"Bearer {route.entry.engine_key}",
-                        "content-type": "application/json",
-                        "x-request-id": request_id,
-                    },
-                    timeout=self._timeout,
-                    allow_redirects=False,
+                response = await self._client.post(
+                    replica.url, path, bearer=route.entry.engine_key, request_id=request_id, body=body
                 )
                 if response.status == 503:
-                    response.close()
+                    response.release()
                     busy = True
                     continue
                 answered = True
                 return Answer(self, replica.replica_id, response)
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            except Unreachable as error:
                 self._suspect(replica, model, error)
             except TimeoutError as error:
                 self._suspect(replica, model, error)
                 raise UpstreamFailed("The model's replica did not answer in time.", hint="Retry.") from None
-            except (aiohttp.ClientError, OSError) as error:
+            except Lost as error:
                 self._suspect(replica, model, error)
                 if lost:
                     raise failures.died(started=False) from None
@@ -159,14 +145,6 @@ class Upstream:
             "replica_failed",
             extra={"model": model, "replica_id": replica.replica_id, "reason": f"{type(error).__name__}: {error}"},
         )
-
-    def _url(self, base: str, path: str) -> URL:
-        known = self._urls.get((base, path))
-        if known is None:
-            if len(self._urls) > 1000:  # replicas come and go
-                self._urls.clear()
-            known = self._urls[base, path] = URL(base + path)
-        return known
 
 
 class Waker:
@@ -240,9 +218,9 @@ class Waker:
 
 
 def new_session() -> aiohttp.ClientSession:
-    """A client session for replicas and control: no cookies, no proxies, no limit on connections."""
+    """A client session for control and for Serve's proxy: no cookies, no proxies, no limit on connections."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),

@@ -77,7 +77,7 @@ def test_a_count_is_never_seen_torn(tmp_path: Path) -> None:
             os._exit(1)
     try:
         until_s = time.monotonic() + 20
-        while not list((tmp_path / "wal").glob("slots-*")) and time.monotonic() < until_s:
+        while not any(p.stat().st_size for p in (tmp_path / "wal").glob("slots-*")) and time.monotonic() < until_s:
             time.sleep(0.001)
         (path,) = (tmp_path / "wal").glob("slots-*")
         with open(path, "rb") as file:
