@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -22,11 +23,17 @@ from zenray.cluster.session import SessionRecord
 from zenray.spec.errors import ClusterUnavailable, Unavailable
 from zenray.spec.platform import RaySettings
 
+_log = logging.getLogger(__name__)
+
 RAY_ITSELF_BYTES = 1 << 30  # what an idle head was seen to use, and a Serve controller and proxy
 MIN_DRAINING_S = 5.0  # a gateway learns within 2 s that a replica leaves; Ray's own default is 30
 _REPLICA_PORTS = 1000
 _LONGEST_TEMP_DIR = 38  # so that Ray's socket paths stay within the 107 bytes of a Unix address
 _START_TIMEOUT_S = 90.0
+
+
+class _DiedWhileStarting(ClusterUnavailable):
+    """The head ended before it answered."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,20 @@ class LocalRay:
         self._token_file = self._home / "ray.token"
 
     def start(self) -> RayAddresses:
-        """Start the head and wait until its dashboard answers; blocks for at most 90 s.
+        """Start the head and wait until its dashboard answers; blocks for at most 90 s a try.
 
-        Raises ClusterUnavailable when a port is in use or Ray dies, Unavailable when memory is short.
+        On a busy machine Ray's own parts give one another up while they start (its client server waits 30 s for the
+        raylet, and takes the head with it), so a head that dies before it answered is started once more.
+        Raises ClusterUnavailable when a port is in use or Ray dies twice, Unavailable when memory is short.
         """
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            return self._start_once()
+        except _DiedWhileStarting as died:
+            _log.warning("Ray died while it started; trying once more. %s", died)
+            return self._start_once()
+
+    def _start_once(self) -> RayAddresses:
         self.end_remains()
         self._check_memory()
         ports = self._choose_ports()
@@ -228,7 +244,10 @@ class LocalRay:
             headers={"Authorization": f"Bearer {addresses.token()}"},
         )
         while True:
-            self.check()
+            try:
+                self.check()
+            except ClusterUnavailable as died:
+                raise _DiedWhileStarting(died.message, hint=died.hint) from None
             try:
                 with urllib.request.urlopen(request, timeout=10) as answer:
                     if answer.status == 200:
@@ -239,7 +258,7 @@ class LocalRay:
                         f"Ray's dashboard did not answer within {_START_TIMEOUT_S:.0f} s.",
                         hint=f"Look into {self._log_file}.",
                     ) from None
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     def _log_tail(self, lines: int = 8) -> str:
         try:
