@@ -103,7 +103,7 @@ class Upstream:
                     continue
                 answered = True
                 return Answer(self, replica.replica_id, response)
-            except Unreachable as error:
+            except (Unreachable, ValueError) as error:  # ValueError: its address is none
                 self._suspect(replica, model, error)
             except TimeoutError as error:
                 self._suspect(replica, model, error)
