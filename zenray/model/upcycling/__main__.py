@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
-from zenray.model.upcycling.runner import run
 from zenray.spec.documents import load_document
 from zenray.spec.errors import ZenrayError
 from zenray.spec.jobs import UpcycleJob
@@ -23,6 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--endpoint-url", help="for S3 servers other than Amazon's")
     parser.add_argument("--work-dir", type=Path, required=True, help="for the base version's cache and the result")
     options = parser.parse_args(arguments)
+    # Said at import on every machine without their GPU kernels; it helps nobody who waits for a model.
+    for chatty in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    from zenray.model.upcycling.runner import run  # imports torch and transformers
+
     try:
         job = load_document(options.spec, UpcycleJob)
         store = open_store(StorageSettings(uri=options.store, endpoint_url=options.endpoint_url))
