@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.strategies import configs
+from zenray.catalog.accounting import count_parameters
 from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
 from zenray.model.network import MoDE
 
@@ -127,3 +128,11 @@ def test_router_works_in_float32_under_a_bfloat16_model():
     expected = torch.softmax(x_TD.float() @ gate.weight.float().t(), dim=-1).topk(2).values
     expected = expected / expected.sum(-1, keepdim=True)
     assert torch.equal(assignment.weight_R[assignment.slot_TK], expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_the_catalog_counts_every_parameter_that_is_built(config):
+    with torch.device("meta"):
+        model = MoDE(config)
+    assert count_parameters(config.dimensions()).total == sum(parameter.numel() for parameter in model.parameters())

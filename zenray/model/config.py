@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from zenray.spec.dimensions import ModelDimensions, MoeDimensions
 from zenray.spec.errors import InvalidValue, suggest
 
 RopeType = Literal["default", "linear", "yarn", "llama3"]
@@ -204,6 +205,37 @@ class MoDEConfig:
             start += group.num_experts
         hint = suggest(name, (group.name for group in self.expert_groups))
         raise InvalidValue(f"There is no expert group {name!r}.", hint=hint, param="expert_groups")
+
+    def dimensions(self) -> ModelDimensions:
+        """The shape as plain numbers, for the catalog's arithmetic."""
+        dense = [layer for layer in range(self.num_hidden_layers) if layer not in self.sparse_layers]
+        moe = None
+        if self.sparse_layers:
+            widths = self.expert_widths
+            moe = MoeDimensions(
+                experts=self.num_experts,
+                top_k=self.router.experts_per_token,
+                expert_width=widths[0] if len(set(widths)) == 1 else None,
+                expert_widths=widths if len(set(widths)) > 1 else None,
+                shared_width=self.shared_expert_width,
+                shared_gate=self.shared_expert_gate,
+            )
+        return ModelDimensions(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            layers=self.num_hidden_layers,
+            heads=self.num_attention_heads,
+            kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            ffn_width=self.intermediate_size if dense else 0,
+            moe=moe,
+            dense_layers=tuple(dense) if moe else (),
+            tied_embeddings=self.tie_word_embeddings,
+            qk_norm=self.qk_norm,
+            qkv_bias=self.attention_bias,
+            local_window_tokens=self.sliding_window,
+            local_layers=self.local_layers,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""
