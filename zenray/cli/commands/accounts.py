@@ -12,7 +12,8 @@ import typer
 from zenray.cli.client import ControlClient
 from zenray.cli.home import Home
 from zenray.cli.output import console, show_json, show_table
-from zenray.spec.money import format_usd
+from zenray.spec.errors import InvalidValue
+from zenray.spec.money import format_usd, usd_to_nano_usd
 
 orgs = typer.Typer(help="Organisations: who pays.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: who asks, and for which models.", no_args_is_help=True)
@@ -89,6 +90,11 @@ def add_credits(
     note: Annotated[str | None, typer.Option(help="Kept in the ledger.")] = None,
 ) -> None:
     """Give ORG credit to spend."""
+    try:
+        usd_to_nano_usd(usd)
+    except (ValueError, ArithmeticError) as error:
+        why = f": {error}" if isinstance(error, ValueError) else ""
+        raise InvalidValue(f"{usd!r} is not an amount of US dollars{why}.", hint="Write it as 10 or 0.50.") from None
     client = ControlClient.connect(Home.from_environment())
     answer = client.post(f"/admin/orgs/{org}/credits", {"amount_usd": usd, "note": note})
     console.print(f"{org} has {format_usd(answer['balance_nano_usd'])}.")

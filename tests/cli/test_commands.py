@@ -1,0 +1,134 @@
+"""The command line against the real control, in process: what it prints, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.control.events import event
+from zenray.cli import main as command_line
+from zenray.cli.client import ControlClient
+from zenray.cluster.fake import FakeCluster
+from zenray.control.app import build_control
+from zenray.control.config import ControlConfig
+from zenray.spec.edge import UsageBatch
+from zenray.spec.platform import StorageSettings
+from zenray.spec.versions import VersionRef
+from zenray.storage.opening import open_store
+from zenray.storage.versions import publish
+
+MODEL = "smollm2-135m"
+Zenray = Callable[..., str]
+
+
+@pytest.fixture
+def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """Control with a fake cluster, on the store of the home that the commands use."""
+    monkeypatch.setenv("ZENRAY_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)  # no clusters/local.yaml here
+    storage = StorageSettings(uri=f"file:{tmp_path / 'home' / 'store'}")
+    built = build_control(
+        ControlConfig(state_dir=tmp_path / "state", storage=storage), backend=FakeCluster(start_s=0), reconcile=False
+    )
+    token = (tmp_path / "state" / "admin.token").read_text().strip()
+    http = TestClient(built.app, headers={"authorization": f"Bearer {token}"})
+    client = ControlClient("http://control", token)
+    client._http = http
+    monkeypatch.setattr(ControlClient, "connect", lambda home: client)
+    return http
+
+
+@pytest.fixture
+def zenray(control: TestClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Zenray:
+    """Run a command as `main` does; its output, both streams, without the exit code."""
+
+    def run(*words: str, fails: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", ["zenray", *words])
+        with pytest.raises(SystemExit) as exited:
+            command_line.main()
+            raise SystemExit(0)
+        shown = capsys.readouterr()
+        assert bool(exited.value.code) is fails, shown.out + shown.err
+        return shown.out + shown.err
+
+    return run
+
+
+def test_an_organisation_its_credit_and_its_keys(zenray: Zenray) -> None:
+    assert "zenray keys create acme" in zenray("orgs", "create", "acme")
+    assert zenray("credits", "add", "acme", "12.50").strip() == "acme has $12.50."
+    key = zenray("keys", "create", "acme", "--scope", "smollm2-*", "--name", "laptop").strip()
+    assert key.startswith("sk-zen-") and "\n" not in key
+    (row,) = json.loads(zenray("keys", "list", "--json"))
+    assert row["scopes"] == ["smollm2-*"] and key not in json.dumps(row), "a key is shown once"
+    assert "active" in zenray("keys", "list", "acme")
+    zenray("keys", "revoke", row["id"])
+    assert "revoked" in zenray("keys", "list")
+    assert json.loads(zenray("orgs", "list", "--json"))[0]["balance_nano_usd"] == 12_500_000_000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("credits", "add", "acne", "1"), "acme"),  # the nearest name
+        (("credits", "add", "acme", "1.0000000001"), "nano-dollar"),
+        (("credits", "add", "acme", "ten"), "0.50"),
+        (("keys", "create", "acne"), "acme"),
+        (("orgs", "create", "acme"), "acme"),  # there already
+        (("orgs", "create", "No Name"), "name"),
+        (("keys", "revoke", "key_x"), "key_x"),
+        (("usage", "acme", "--by", "hour"), "group_by"),
+        (("undeploy", MODEL), MODEL),
+        (("deploy", "smollm2-135"), MODEL),
+        (("models", "show", "smollm2-135"), MODEL),
+        (("models", "versions", "smollm2-135"), MODEL),
+        (("models", "verify", MODEL), f"zenray models pull {MODEL}"),
+        (("models", "pull", MODEL, "--source", "/no/such/folder"), "/no/such/folder"),
+        (("deploy", "missing.yaml"), "missing.yaml"),
+        (("run", "missing.yaml"), "missing.yaml"),
+        (("up", "-f", "missing.yaml"), "missing.yaml"),
+        (("status",), "zenray up"),
+        (("chat", MODEL), "ZENRAY_API_KEY"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_a_way_out(zenray: Zenray, words: tuple[str, ...], said: str) -> None:
+    zenray("orgs", "create", "acme")
+    shown = zenray(*words, fails=True)
+    assert said in shown and "Traceback" not in shown, shown
+
+
+def test_usage_is_shown_by_model(zenray: Zenray, control: TestClient, tmp_path: Path) -> None:
+    zenray("orgs", "create", "acme")
+    zenray("credits", "add", "acme", "1")
+    batch = UsageBatch(gateway_id="gw-0", boot_id="b1", events=(event(1, org="acme"),))
+    edge = {"authorization": f"Bearer {(tmp_path / 'state' / 'edge.token').read_text().strip()}"}
+    assert control.post("/edge/usage", content=batch.model_dump_json(), headers=edge).status_code == 200
+    (row,) = json.loads(zenray("usage", "acme", "--by", "model", "--json"))
+    assert row["requests"] == 1 and row["cost_nano_usd"] == event(1, org="acme").cost_nano_usd()
+    assert row["group"] in zenray("usage", "--by", "model")
+
+
+def test_a_version_is_verified_byte_by_byte(zenray: Zenray, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "weights.bin").write_bytes(b"w" * 1000)
+    ref = VersionRef(model=MODEL, version="v1")
+    publish(open_store(StorageSettings(uri=f"file:{tmp_path / 'home' / 'store'}")), ref, folder)
+    assert "is sound" in zenray("models", "verify", MODEL)
+    assert json.loads(zenray("models", "versions", MODEL, "--json"))[0]["ref"]["version"] == "v1"
+    stored = tmp_path / "home" / "store" / ref.prefix / "weights.bin"
+    stored.chmod(0o600)
+    stored.write_bytes(b"w" * 999 + b"v")
+    assert "weights.bin" in zenray("models", "verify", f"{MODEL}@v1", fails=True)
+
+
+def test_the_catalog_marks_what_is_derived_and_what_is_published(zenray: Zenray) -> None:
+    rows = {row["name"]: row for row in json.loads(zenray("models", "list", "--json"))}
+    assert not rows["zen-72b"]["price_derived"] and rows["zen-14b"]["price_derived"]
+    assert rows[MODEL]["published"] is False
+    assert "515.4B" in zenray("models", "show", "zen-72b"), "the sum that shows which numbers cannot all be true"
