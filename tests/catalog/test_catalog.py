@@ -346,4 +346,4 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_every_packaged_file_is_named_for_its_model(catalog: Catalog) -> None:
     assert {Path(entry.file).stem for entry in catalog} == set(catalog.names())
-    assert len(catalog) == len(catalog.names()) == 29
+    assert len(catalog) == len(catalog.names()) == 30
