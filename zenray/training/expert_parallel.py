@@ -50,7 +50,7 @@ def parallelize(model: MoDE, mesh: Mesh) -> None:
                 part = nn.Parameter(whole.detach()[mine].clone(), requires_grad=whole.requires_grad)
                 setattr(bank, name, part)
             bank.num_experts = mine.stop - mine.start
-        layer.experts.forward = exchange.forward
+        layer.experts.forward = exchange.forward  # type: ignore[method-assign]
 
 
 class ExpertExchange:

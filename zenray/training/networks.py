@@ -56,11 +56,17 @@ class Checkpoint:
             raise InvalidValue(f"{self.folder}: config.json names no eos_token_id, which ends a document.")
         return end
 
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is kept here. NotFound."""
+        return TensorFolder(self.folder).read(name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is kept here. NotFound."""
+        return TensorFolder(self.folder).plan(name).dtype
+
     def network(self, dtype: torch.dtype = torch.float32) -> MoDE:
         """The network with its weights. CorruptData, NotFound for a missing tensor."""
-        with torch.device("meta"):
-            model = MoDE(self.config)
-        model = model.to_empty(device="cpu").to(dtype)
+        model = _empty_network(self.config).to(dtype)
         tensors = TensorFolder(self.folder)
         with torch.no_grad():
             for name, target in named_tensors(model).items():
@@ -69,9 +75,7 @@ class Checkpoint:
 
     def fresh_network(self, seed: int) -> MoDE:
         """A network of this shape with new weights, in float32."""
-        with torch.device("meta"):
-            model = MoDE(self.config)
-        model = model.to_empty(device="cpu")
+        model = _empty_network(self.config)
         for norm in (part for name, part in model.named_parameters() if "norm" in name):
             torch.nn.init.ones_(norm)
         for buffer in model.buffers():
@@ -82,11 +86,23 @@ class Checkpoint:
         return model
 
 
-def write_checkpoint(base: Checkpoint, plans: list[TensorPlan], read: Callable[[str], Tensor], output: Path) -> None:
+def _empty_network(config: MoDEConfig) -> MoDE:
+    """Without the time that initialising takes."""
+    with torch.device("meta"):
+        model = MoDE(config)
+    model = model.to_empty(device="cpu")
+    if config.tie_word_embeddings:  # to_empty made two tensors of it
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def write_checkpoint(
+    base: Checkpoint, plans: list[TensorPlan], read: Callable[[TensorPlan], Tensor], output: Path
+) -> None:
     """A new folder with the network of `base` and other weights, which `read` gives one by one, and its tokenizer."""
     with TensorWriter(output, plans) as writer:
         for plan in plans:
-            writer.write(plan.name, read(plan.name).to(plan.dtype))
+            writer.write(plan.name, read(plan).to(plan.dtype))
     skipped = {INDEX_NAME, "manifest.json", "upcycling.json"}
     for path in base.folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name not in skipped and path.name[0] != ".":

@@ -1,0 +1,173 @@
+"""Carries out a training job: Ray Train runs the workers, and what they made is published as a version."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+
+from zenray.model.weights import TensorPlan
+from zenray.spec.errors import Conflict, InvalidDocument, ZenrayError
+from zenray.spec.platform import StorageSettings
+from zenray.spec.training import DistillJob, TrainingJob
+from zenray.spec.versions import Manifest, Parents, VersionRef
+from zenray.storage.base import ObjectStore, Progress
+from zenray.storage.cache import fetch
+from zenray.storage.opening import open_store
+from zenray.storage.versions import find_manifest, publish
+from zenray.training.checkpointing import read_weight
+from zenray.training.data.documents import identity
+from zenray.training.lineage import pin, pinned, run_name
+from zenray.training.loop import HISTORY_NAME, Event, read_history
+from zenray.training.networks import Checkpoint, write_checkpoint
+from zenray.training.worker import train_worker
+
+
+def run(job: TrainingJob, storage: StorageSettings, work_dir: Path, *, progress: Progress | None = None) -> Manifest:
+    """Train, and publish `job.into`. Blocks. Starts Ray on this machine unless it is connected already.
+
+    Idempotent: what is published already is returned; killed at any moment and run again, it goes on from the last
+    checkpoint, and the result is the same. Raises NotFound for an unknown base or teacher, InvalidValue for what cannot
+    be trained, Conflict when `job.into` exists and is another job's, ZenrayError when the run ends without a result.
+    """
+    store = open_store(storage)
+    job = pin(job, store)
+    name = run_name(job)
+    ref = VersionRef(model=job.into.model, version=job.into.version)
+    existing = find_manifest(store, ref)
+    if existing is not None:
+        if existing.metadata.get("run") != name:
+            raise Conflict(
+                f"{ref} exists, and was not made by this job as it stands.", hint="Publish into another version."
+            )
+        return existing
+    base = Checkpoint.open(fetch(store, pinned(job.base, store), work_dir / "versions", progress=progress))
+    result = _fit(job, name, storage, work_dir)
+    if result.checkpoint is None:
+        raise ZenrayError(f"Run {name} ended without a checkpoint.")
+    with result.checkpoint.as_directory() as folder:
+        history = read_history(Path(folder))
+        stopped = (result.metrics or {}).get("stopped")
+        if stopped:
+            raise ZenrayError(f"Run {name} stopped: {stopped}.", hint="Its history is in its last checkpoint.")
+        return _publish(job, name, store, base, Path(folder), history, work_dir, progress)
+
+
+def _fit(job: TrainingJob, name: str, storage: StorageSettings, work_dir: Path) -> Result:
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=True)
+    filesystem, path = checkpoint_place(storage)
+    about: dict[str, Any] = {
+        "job": job.model_dump(mode="json"),
+        "run": name,
+        "storage": storage.model_dump(),
+        "work_dir": str(work_dir.absolute()),
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=about,
+        torch_config=TorchConfig(backend="nccl" if job.workers.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=job.workers.count,
+            use_gpu=job.workers.gpu,
+            resources_per_worker={"CPU": job.workers.cpus, **({"GPU": 1} if job.workers.gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=job.workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoints.keep),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise ZenrayError(
+            f"Run {name} failed: {error}", hint="Run it again: it goes on from its last checkpoint."
+        ) from error
+
+
+def checkpoint_place(storage: StorageSettings) -> tuple[pyarrow.fs.FileSystem, str]:
+    """Where Ray Train keeps checkpoints in the store. Credentials are the worker's environment's: none are in this."""
+    scheme, _, rest = open_store(storage).uri.partition(":")
+    if scheme == "file":
+        folder = Path(rest) / "training"
+        folder.mkdir(parents=True, exist_ok=True)
+        return pyarrow.fs.LocalFileSystem(), str(folder)
+    if scheme == "s3":
+        endpoint = storage.endpoint_url
+        filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint) if endpoint else pyarrow.fs.S3FileSystem()
+        return filesystem, f"{rest.removeprefix('//')}/training"
+    raise InvalidDocument(
+        f"Checkpoints cannot be kept in {storage.uri!r}.", hint="Use file:PATH or s3://BUCKET/PREFIX."
+    )
+
+
+def _publish(
+    job: TrainingJob,
+    name: str,
+    store: ObjectStore,
+    base: Checkpoint,
+    folder: Path,
+    history: list[Event],
+    work_dir: Path,
+    progress: Progress | None,
+) -> Manifest:
+    """Whole tensors out of the checkpoint, one at a time, in the base version's layout and dtype."""
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{job.name}-") as scratch:
+        made = Path(scratch, "safetensors")
+        write_checkpoint(base, _plans(base, folder), lambda plan: _read(base, folder, plan), made)
+        (made / HISTORY_NAME).write_bytes((folder / HISTORY_NAME).read_bytes())
+        parents = Parents(base_version=str(pinned(job.base, store)), training_job=job.name)
+        metadata = {"kind": job.kind, "run": name, "job": job.model_dump_json(), **_metrics(job, history)}
+        ref = VersionRef(model=job.into.model, version=job.into.version)
+        return publish(store, ref, made, parents=parents, metadata=metadata, progress=progress)
+
+
+def _read(base: Checkpoint, folder: Path, plan: TensorPlan) -> Tensor:
+    """A trained tensor, or a frozen one as it was before it was rounded for the arithmetic."""
+    found = read_weight(folder, plan.name)
+    return base.read(plan.name) if found.dtype.itemsize < plan.dtype.itemsize else found
+
+
+def _plans(base: Checkpoint, folder: Path) -> list[TensorPlan]:
+    """The network's tensors as the base version has them; a dense base's names are the same."""
+    shapes = FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = [key.removeprefix("weights.") for key in shapes if key.startswith("weights.")]
+    found = []
+    for name in names:
+        shape = shapes[f"weights.{name}"].size
+        found.append(TensorPlan(name, tuple(shape), base.dtype_of(name)))
+    return found
+
+
+def _metrics(job: TrainingJob, history: list[Event]) -> dict[str, str]:
+    """What the manifest says of the run: data, losses before and after, and how evenly experts were loaded."""
+    steps = [event for event in history if event["event"] == "step"]
+    evaluations = [event for event in history if event["event"] == "evaluation"]
+    found: dict[str, Any] = {
+        "data": {source.domain: identity(source) for source in job.data.sources},
+        "tokens": sum(event["tokens"] for event in steps),
+        "training_loss": steps[-1]["lm_loss"],
+        "entropy_ratios": steps[-1]["entropy_ratios"],
+    }
+    for event in evaluations:
+        when = "before" if event["step"] == 0 else "after" if event["step"] == job.steps else None
+        if when:
+            about = found.setdefault("validation", {}).setdefault(event["domain"], {})
+            about[when] = {**about.get(when, {}), "loss": event["loss"], "perplexity": math.exp(event["loss"])}
+            if "teacher_0" in event:
+                about["teacher"] = event["teacher_0"]
+    if isinstance(job, DistillJob):
+        found["kl"] = {"first": steps[0]["kl"], "last": steps[-1]["kl"]}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
