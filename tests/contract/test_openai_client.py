@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from tests.gateway.running import KEY, Engine, FakeControl, RunningGateway, route, until
+from zenray.gateway.server import REPLACED_STATUS
 from zenray.spec.edge import RouteState
 from zenray.spec.usage import Outcome
 
@@ -393,4 +394,43 @@ async def test_a_dead_replica_is_passed_over(tmp_path: Path, engine: Engine) -> 
         assert refused.value.code == "server_is_overloaded"
     finally:
         assert await gateway.stop() == 0
+        await control.stop()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_a_gateway_that_control_replaced_ends_to_be_started_anew(
+    tmp_path: Path, engine: Engine, processes: int
+) -> None:
+    control = FakeControl()
+    control.add_key(KEY, balance_nano_usd=0)
+    control.routes["tiny"] = route("tiny", [engine.url])
+    await control.start()
+    control.publish()
+    gateway = await RunningGateway(tmp_path, control, processes=processes).start()
+    try:
+        boots = {
+            (await gateway.logged("started", gateway_id=f"gateway-{number}"))["boot_id"] for number in range(processes)
+        }
+        control.replaced_boots |= boots
+        async with httpx.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {KEY}"}) as client:
+            refused = await client.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO})
+        assert refused.status_code == 503
+        lost = (await gateway.logged("replaced"))["gateway_id"]
+        if processes == 1:
+            assert await gateway.wait() == REPLACED_STATUS
+            gateway = await RunningGateway(tmp_path, control).start(wait_for_snapshot=False)
+        else:
+            await gateway.logged("process_lost", status=REPLACED_STATUS)
+        await until(
+            lambda: any(
+                line["event"] == "started" and line["gateway_id"] == lost and line["boot_id"] not in boots
+                for line in gateway.log
+            )
+        )
+        control.free_nano_usd["acme"] = 10**12
+        control.replaced_boots.clear()
+        answer = await gateway.client().chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
+        assert answer.usage and answer.usage.completion_tokens == 2
+    finally:
+        await gateway.stop()
         await control.stop()

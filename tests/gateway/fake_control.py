@@ -64,6 +64,7 @@ class FakeControl:
         self.leases: list[LeaseRequest] = []
         self.deltas: dict[int, Snapshot] = {}
         self.leases_fail = False
+        self.replaced_boots: set[str] = set()  # get 409 for leases
         self._changed = asyncio.Event()
         self._runner: web.AppRunner | None = None
         self.url = ""
@@ -145,6 +146,8 @@ class FakeControl:
         if self.leases_fail:
             raise web.HTTPInternalServerError
         wish = LeaseRequest.model_validate_json(await request.read())
+        if wish.boot_id in self.replaced_boots:
+            raise web.HTTPConflict(text="declared lost")
         self.leases.append(wish)
         free = self.free_nano_usd.get(wish.org, 0) + wish.give_back_nano_usd
         granted = min(free, wish.wanted_nano_usd)

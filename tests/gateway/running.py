@@ -124,6 +124,12 @@ class RunningGateway:
         await asyncio.gather(*self._readers)
         return status
 
+    async def wait(self) -> int:
+        """The exit status of a gateway that ends by itself."""
+        assert self._process
+        async with asyncio.timeout(20):
+            return await self._process.wait()
+
     def client(self, key: str = KEY, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=self.url + "/v1", api_key=key, **({"max_retries": 0} | options))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from zenray.gateway.credit import Credit
+from zenray.gateway.edge import Replaced
 from zenray.gateway.metering import LeaseBook
 from zenray.spec.clock import FakeClock
 from zenray.spec.edge import Lease, LeaseRequest
@@ -42,11 +44,21 @@ class Lender:
         return last[1]
 
 
-def credit(lender: Any, *, wait_s: float = 30.0, shipped: bool = True) -> Credit:
+def credit(
+    lender: Any, *, wait_s: float = 30.0, shipped: bool = True, on_replaced: Callable[[], None] = lambda: None
+) -> Credit:
     async def ship() -> None:
         return None
 
-    made = Credit(LeaseBook(FakeClock()), lender, gateway_id="g", boot_id="b", wait_s=wait_s, ship_first=ship)
+    made = Credit(
+        LeaseBook(FakeClock()),
+        lender,
+        gateway_id="g",
+        boot_id="b",
+        wait_s=wait_s,
+        ship_first=ship,
+        on_replaced=on_replaced,
+    )
     if shipped:
         made._shipped.set()
     return made
@@ -131,3 +143,17 @@ async def test_a_client_that_hangs_up_while_waiting_keeps_nothing() -> None:
             made.settle("acme", 1000, 0)
         await asyncio.sleep(0.01)
         assert made.book.available("acme") + lender.free == 1000
+
+
+async def test_a_replaced_boot_is_told_at_once_and_does_not_ask_again() -> None:
+    class Refusing(Lender):
+        async def lease(self, request: LeaseRequest, timeout_s: float) -> Lease:
+            self.asked.append(request)
+            raise Replaced("declared lost")
+
+    lender = Refusing(10**12)
+    told: list[bool] = []
+    made = credit(lender, on_replaced=lambda: told.append(True))
+    with pytest.raises(Unavailable):
+        await made.reserve_or_ask("acme", 100)
+    assert told == [True] and len(lender.asked) == 1

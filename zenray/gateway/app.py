@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 
@@ -47,6 +48,7 @@ class Gateway:
         self._metrics = Metrics()
         self._request_log = RequestLog(self.gateway_id)
         self._tasks: list[asyncio.Task[None]] = []
+        self.replaced = False
         self._get: dict[str, Callable[[Scope, Reply], Awaitable[None]]] = {
             "/healthz": self._healthz,
             "/readyz": self._readyz,
@@ -81,6 +83,7 @@ class Gateway:
             boot_id=self.meter.boot_id,
             wait_s=config.lease_wait_s,
             ship_first=self._shipper.drain,
+            on_replaced=self._restart,
         )
         self._proxy = Proxy(
             directory=self.directory,
@@ -123,6 +126,13 @@ class Gateway:
         if not task.cancelled():
             log.critical("part_failed", extra={"part": task.get_name()}, exc_info=task.exception())
             os._exit(70)
+
+    def _restart(self) -> None:
+        """Control lends to this boot no more: drain and end, so that whoever started this process starts it anew."""
+        if not self.replaced:
+            self.replaced = True
+            log.critical("replaced", extra={"boot_id": self.meter.boot_id})
+            os.kill(os.getpid(), signal.SIGTERM)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -220,6 +230,8 @@ class Gateway:
     async def _readyz(self, scope: Scope, reply: Reply) -> None:
         """200 when questions are answered; 503 with the reasons otherwise."""
         reasons = [reason for reason in (self.directory.why_unusable(),) if reason]
+        if self.replaced:
+            reasons.append("Control lends nothing to this start of the gateway; it is being restarted.")
         if self.meter.wal_bytes >= self.config.max_wal_bytes:
             reasons.append(f"The usage log holds {self.meter.wal_bytes} bytes, its bound: control takes no usage.")
         status = {

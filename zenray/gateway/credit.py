@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 
-from zenray.gateway.edge import EdgeClient
+from zenray.gateway.edge import EdgeClient, Replaced
 from zenray.gateway.metering import LeaseBook
 from zenray.spec.edge import LeaseRequest
 from zenray.spec.errors import Unavailable
@@ -33,14 +33,19 @@ class Credit:
         boot_id: str,
         wait_s: float,
         ship_first: Callable[[], Awaitable[object]],
+        on_replaced: Callable[[], None],
     ) -> None:
-        """`ship_first` ships what earlier boots left; no credit is asked for before it has returned."""
+        """`ship_first` ships what earlier boots left; no credit is asked for before it has returned.
+
+        `on_replaced` is called when control lends nothing to this boot any more.
+        """
         self.book = book
         self._edge = edge
         self._gateway_id = gateway_id
         self._boot_id = boot_id
         self._wait_s = wait_s
         self._ship_first = ship_first
+        self._on_replaced = on_replaced
         self._shipped = asyncio.Event()
         self._questions: dict[str, asyncio.Task[int]] = {}
         self._waiting: defaultdict[str, dict[asyncio.Future[bool], int]] = defaultdict(dict)
@@ -122,6 +127,8 @@ class Credit:
         error = done.exception()
         if error is not None:
             log.warning("lease_failed", extra={"org": org, "reason": str(error)})
+            if isinstance(error, Replaced):
+                self._on_replaced()
         else:
             self._serve(org)
         waiting = self._waiting[org]
@@ -158,8 +165,8 @@ class Credit:
             try:
                 lease = await self._edge.lease(request, timeout_s=5)
                 break
-            except Unavailable:
-                if attempt == 3:
+            except Unavailable as error:
+                if attempt == 3 or isinstance(error, Replaced):
                     raise
                 await asyncio.sleep(0.1 * attempt)
         self.book.granted(org, lease.granted_nano_usd, lease.balance_nano_usd)

@@ -17,8 +17,14 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 
+
+_LEASES = "/edge/leases"
 _LONG_POLL_LIMIT_S = 90.0
 _RETRY_FROM_S, _RETRY_MOST_S = 0.1, 1.0
+
+
+class Replaced(Unavailable):
+    """Control lends nothing to this start of the gateway any more: a younger one has asked, or it was declared lost."""
 
 
 class EdgeClient:
@@ -40,7 +46,8 @@ class EdgeClient:
         )
 
     async def lease(self, request: LeaseRequest, timeout_s: float) -> Lease:
-        raw = await self._ask("POST", "/edge/leases", timeout_s=timeout_s, body=request)
+        """Raises Replaced when only a new start of this gateway can get credit."""
+        raw = await self._ask("POST", _LEASES, timeout_s=timeout_s, body=request)
         return _read(Lease, raw)
 
     async def ship(self, batch: UsageBatch) -> UsageAck:
@@ -69,6 +76,8 @@ class EdgeClient:
                 raw = await response.read()
                 if response.status in (204, 304):
                     return None
+                if response.status == 409 and path == _LEASES:
+                    raise Replaced(f"Control lends nothing to this start of the gateway: {_reason(raw)}")
                 if response.status != 200:
                     raise Unavailable(f"Control answered {path} with {response.status}: {_reason(raw)}")
                 return raw

@@ -257,8 +257,15 @@ class Proxy:
 
     def _close(self, asked: Asked, org: str, bill: _Bill, reply: Reply) -> None:
         """End the charge, free the reserve. Runs whatever happened."""
-        event = bill.charge.close(bill.outcome, bill.usage, bill.finish_reason)
-        cost_nano_usd = event.cost_nano_usd()
+        try:
+            event = bill.charge.close(bill.outcome, bill.usage, bill.finish_reason)
+        except ValueError as error:
+            # An engine's final usage that cannot be: what its stream counted is billed, and nothing stays reserved.
+            log.error(
+                "impossible_usage", extra={"request_id": reply.request_id, "model": asked.model, "reason": str(error)}
+            )
+            event = bill.charge.close(bill.outcome, None, bill.finish_reason)
+        cost_nano_usd = bill.charge.cost_nano_usd
         self._credit.settle(org, bill.reserved_nano_usd, cost_nano_usd)
         ttft_s = None if event.ttft_ms is None else event.ttft_ms / 1e3
         self._metrics.usage(asked.model, event.usage.input_tokens, event.usage.output_tokens, ttft_s)

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _BACKLOG = 2048
 _MAX_HEADER_BYTES = 64 << 10
 _RESTART_PAUSE_S = 0.5
+REPLACED_STATUS = 75
+"""Exit status of a process that only a new start can help: control has replaced it, or declared it lost."""
 
 
 class ClientConnection(HttpToolsProtocol):
@@ -63,10 +65,6 @@ class ClientConnection(HttpToolsProtocol):
             raise ValueError("headers too large")  # the parser turns it into its own error, and that into a 400
 
 
-def _exit(number: int, frame: object) -> None:
-    sys.exit(0)
-
-
 def bind(config: GatewayConfig, port: int) -> socket.socket:
     """A socket on the gateway's port, not listening yet; several may be bound to one port."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -84,14 +82,19 @@ def bind(config: GatewayConfig, port: int) -> socket.socket:
 
 
 def serve(config: GatewayConfig, index: int, listener: socket.socket) -> None:
-    """Run one gateway process until SIGTERM, SIGINT, or the loss of its parent."""
+    """Run one gateway process until SIGTERM, SIGINT, the loss of its parent, or until control replaces it."""
     log_to_stderr(config.process_id(index))
-    # uvicorn raises the signal that stopped it once more when it has drained; then this ends the process, with 0.
+    gateway = Gateway(config, index)
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(REPLACED_STATUS if gateway.replaced else 0)
+
+    # uvicorn raises the signal that stopped it once more when it has drained; then this ends the process.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _exit)
+        signal.signal(number, end)
     server = uvicorn.Server(
         uvicorn.Config(
-            Gateway(config, index),
+            gateway,
             loop="uvloop",
             http=ClientConnection,
             ws="none",

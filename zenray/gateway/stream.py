@@ -26,6 +26,7 @@ _TAIL = re.compile(
 )
 _TAIL_BYTES = 160
 _INDEX = re.compile(rb'\{"index":(\d{1,4}),')
+_MAX_TOKENS = 2**32 - 1  # what a slot of the meter holds
 _FINISH = b'"finish_reason":"'
 
 
@@ -41,13 +42,16 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
     """An engine's final usage. Raises UpstreamFailed when it is none."""
     details = usage.get("prompt_tokens_details") or {}
     try:
-        return Usage(
+        read = Usage(
             input_tokens=usage["prompt_tokens"],
             cached_input_tokens=min(details.get("cached_tokens") or 0, usage["prompt_tokens"]),
             output_tokens=usage.get("completion_tokens") or 0,
         )
+        if max(read.input_tokens, read.output_tokens) > _MAX_TOKENS:
+            raise ValueError("more tokens than any engine makes")
     except (KeyError, TypeError, ValueError):
         raise UpstreamFailed("The engine's usage cannot be read.") from None
+    return read
 
 
 class EventStream:
