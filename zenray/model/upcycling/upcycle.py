@@ -12,14 +12,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from zenray.model.config import MoDEConfig
 from zenray.model.hf.configuration import ZenModeConfig
-from zenray.model.upcycling.drop import FeedForwardWeights, drop, seeded
+from zenray.model.upcycling.drop import DropMode, FeedForwardWeights, drop, seeded
 from zenray.model.upcycling.partition import (
     balanced_kmeans,
     centroid_router,
@@ -147,7 +147,7 @@ def _copies(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe) -> Ite
         for shard, (gate_ID, up_ID, down_DI) in enumerate(shards):
             generator = seeded(recipe.seed, "layer", layer, "expert", copy, "shard", shard)
             whole = FeedForwardWeights(gate_ID, up_ID, down_DI * parts if parts > 1 else down_DI)
-            yield drop(whole, recipe.mode, rate, generator)
+            yield drop(whole, cast(DropMode, recipe.mode), rate, generator)  # k-means and random cut, and do not copy
 
 
 def _fused(experts: Iterable[FeedForwardWeights], count: int, router: Tensor) -> Layer:
