@@ -33,12 +33,19 @@ def configs(draw: st.DrawFn) -> MoDEConfig:
     kv_heads = draw(st.sampled_from([1, 2]))
     subset = st.lists(st.integers(0, layers - 1), unique=True).map(lambda found: tuple(sorted(found)))
     sparse, local = draw(subset), draw(subset)
+    head_dim = draw(st.sampled_from([4, 8]))
     experts: dict = {}
     if sparse:
         shapes = st.tuples(st.integers(1, 3), st.sampled_from([8, 12, 16]))
         groups = draw(st.lists(shapes, min_size=1, max_size=3))
         experts["expert_groups"] = tuple(ExpertGroup(f"g{i}", *shape) for i, shape in enumerate(groups))
-        experts["router"] = draw(routers(sum(count for count, _ in groups)))
+        if draw(st.booleans()):
+            unit = kv_heads * head_dim
+            blocks = [ExpertGroup("reason", 1, unit, "deep"), ExpertGroup("language", 1, 6, "vocabulary")]
+            if not set(local) & set(sparse):
+                blocks.append(ExpertGroup("vision", 1, 2 * unit, "spatial"))
+            experts["expert_groups"] += tuple(blocks)
+        experts["router"] = draw(routers(sum(group.num_experts for group in experts["expert_groups"])))
         experts["shared_expert_width"] = draw(st.sampled_from([0, 8]))
         if experts["shared_expert_width"]:
             factor = draw(st.sampled_from([None, 0.5, 1.25]))
@@ -52,7 +59,7 @@ def configs(draw: st.DrawFn) -> MoDEConfig:
         num_hidden_layers=layers,
         num_attention_heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
         num_key_value_heads=kv_heads,
-        head_dim=draw(st.sampled_from([4, 8])),
+        head_dim=head_dim,
         sparse_layers=sparse,
         **experts,
         rope_parameters=draw(st.sampled_from(_ROPES)),

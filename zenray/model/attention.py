@@ -44,8 +44,11 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """`mask`: (B or 1, 1, S, L), True where a query may look; None means plain causal without a past."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and the keys (rotated) and values (B, N, L, C) that it looked at.
+
+        `mask`: (B or 1, 1, S, L), True where a query may look; None means plain causal without a past.
+        """
         B, S, _ = x_BSD.shape
         q_BHSC = self.q_norm(self.q_proj(x_BSD).view(B, S, -1, self.head_dim)).transpose(1, 2)
         k_BNLC = self.k_norm(self.k_proj(x_BSD).view(B, S, -1, self.head_dim)).transpose(1, 2)
@@ -56,7 +59,7 @@ class Attention(nn.Module):
         y_BHSC = F.scaled_dot_product_attention(
             q_BHSC, k_BNLC, v_BNLC, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=True
         )
-        return self.o_proj(y_BHSC.transpose(1, 2).reshape(B, S, -1))
+        return self.o_proj(y_BHSC.transpose(1, 2).reshape(B, S, -1)), k_BNLC, v_BNLC
 
 
 def causal_mask(

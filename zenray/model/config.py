@@ -13,6 +13,7 @@ from zenray.spec.errors import InvalidValue, suggest
 
 RopeType = Literal["default", "linear", "yarn", "llama3"]
 BalanceLoss = Literal["switch", "cv2", "none"]
+BlockKind = Literal["feed_forward", "deep", "vocabulary", "spatial"]
 ExpertChoiceTraining = Literal["threshold", "expert_choice"]
 
 
@@ -73,12 +74,16 @@ class RopeParameters:
 class ExpertGroup:
     """A named, contiguous range of experts of one domain (HIP-39's table), all of one width.
 
-    Groups of different widths in one layer are ZIP-0414's diverse experts.
+    Groups of different widths in one layer are ZIP-0414's diverse experts, and so are its other kinds
+    (zenray.model.blocks). `width` is what the expert is wide in: its FFN; its queries (deep, spatial); its
+    embedding (vocabulary). `radius`: how many rows and columns a spatial expert sees around a token.
     """
 
     name: str
     num_experts: int
     width: int
+    kind: BlockKind = "feed_forward"
+    radius: int = 1
 
     def __post_init__(self) -> None:
         _require(
@@ -89,6 +94,18 @@ class ExpertGroup:
         _require(
             self.width >= 1,
             f"Expert group {self.name!r} has width {self.width}: it must be at least 1.",
+            param="expert_groups",
+        )
+        known = get_args(BlockKind)
+        _require(
+            self.kind in known,
+            f"Expert group {self.name!r} is of an unknown kind, {self.kind!r}.",
+            param="expert_groups",
+            hint=suggest(self.kind, known),
+        )
+        _require(
+            self.radius >= 0,
+            f"Expert group {self.name!r} has radius {self.radius}: it must not be negative.",
             param="expert_groups",
         )
 
@@ -188,13 +205,19 @@ class MoDEConfig:
 
     @property
     def num_experts(self) -> int:
-        """Routed experts in each sparse layer."""
+        """Routed experts in each sparse layer, of all kinds."""
         return sum(group.num_experts for group in self.expert_groups)
 
     @property
+    def num_blocks(self) -> int:
+        """Those of them that are not feed-forward; they come last."""
+        return sum(group.num_experts for group in self.expert_groups if group.kind != "feed_forward")
+
+    @property
     def expert_widths(self) -> tuple[int, ...]:
-        """The width of every expert, in the order of the router's rows."""
-        return tuple(group.width for group in self.expert_groups for _ in range(group.num_experts))
+        """The width of every feed-forward expert, in the order of the router's rows."""
+        feed_forward = (group for group in self.expert_groups if group.kind == "feed_forward")
+        return tuple(group.width for group in feed_forward for _ in range(group.num_experts))
 
     def group_range(self, name: str) -> range:
         """The expert indices of group `name`. Raises InvalidValue for an unknown one."""
@@ -207,7 +230,12 @@ class MoDEConfig:
         raise InvalidValue(f"There is no expert group {name!r}.", hint=hint, param="expert_groups")
 
     def dimensions(self) -> ModelDimensions:
-        """The shape as plain numbers, for the catalog's arithmetic."""
+        """The shape as plain numbers, for the catalog's arithmetic. InvalidValue with experts of other kinds."""
+        _require(
+            not self.num_blocks,
+            f"{self.num_blocks} of {self.num_experts} experts are not feed-forward: the catalog does not count those.",
+            param="expert_groups",
+        )
         dense = [layer for layer in range(self.num_hidden_layers) if layer not in self.sparse_layers]
         moe = None
         if self.sparse_layers:
@@ -324,6 +352,7 @@ class MoDEConfig:
         _require(
             len(set(names)) == len(names), f"Expert group names repeat: {', '.join(names)}.", param="expert_groups"
         )
+        self._check_blocks()
         experts, k = self.num_experts, self.router.experts_per_token
         _require(
             experts >= 1,
@@ -351,6 +380,29 @@ class MoDEConfig:
             not self.shared_expert_gate or self.shared_expert_width > 0,
             "shared_expert_gate is on, but shared_expert_width is 0: there is nothing to gate.",
             param="shared_expert_gate",
+        )
+
+    def _check_blocks(self) -> None:
+        kinds = [group.kind for group in self.expert_groups]
+        blocks = [kind for kind in kinds if kind != "feed_forward"]
+        _require(
+            kinds == ["feed_forward"] * (len(kinds) - len(blocks)) + blocks and len(blocks) < max(1, len(kinds)),
+            f"Expert groups are {', '.join(kinds)}: at least one feed_forward group comes first, other kinds last.",
+            param="expert_groups",
+        )
+        unit = self.head_dim * self.num_key_value_heads
+        for group in self.expert_groups:
+            _require(
+                group.kind not in ("deep", "spatial") or group.width % unit == 0,
+                f"Expert group {group.name!r} has queries of width {group.width}, which is not a multiple of {unit} "
+                f"({self.num_key_value_heads} key/value heads of {self.head_dim}).",
+                param="expert_groups",
+            )
+        local = sorted(set(self.local_layers) & set(self.sparse_layers))
+        _require(
+            "spatial" not in kinds or not local,
+            f"Spatial experts need all of a layer's keys, but layers {local} are sparse and local.",
+            param="local_layers",
         )
 
     def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:

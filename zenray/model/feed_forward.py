@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zenray.model.balance import RouterStats
+from zenray.model.blocks import BlockContext, make_blocks, split_off_blocks
 from zenray.model.config import MoDEConfig
 from zenray.model.experts import make_experts
 from zenray.model.router import ExpertChoiceRouter, Router, TokenChoiceRouter
@@ -35,14 +36,24 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.gate: Router = ExpertChoiceRouter(config) if experts_choose else TokenChoiceRouter(config)
         self.experts = make_experts(config.hidden_size, config.expert_widths)
+        self.blocks = make_blocks(config) if config.num_blocks else None
         width = config.shared_expert_width
         self.shared_expert = SwiGLU(config.hidden_size, width) if width else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor | None = None, context: BlockContext | None = None
+    ) -> tuple[Tensor, RouterStats]:
+        """`context` is for experts of other kinds; without them it is not looked at."""
         x_TD = x_BSD.flatten(0, 1)
         assignment, stats = self.gate(x_TD, None if valid_BS is None else valid_BS.flatten())
-        y_TD = self.experts(x_TD, assignment)
+        if self.blocks is None:
+            y_TD = self.experts(x_TD, assignment)
+        else:
+            feed_forward, weights = split_off_blocks(assignment, len(self.blocks), x_TD.shape[0])
+            y_TD = self.experts(x_TD, feed_forward)
+            for block, weight_T in zip(self.blocks, weights, strict=True):
+                y_TD = y_TD + weight_T.to(x_TD.dtype)[:, None] * block(x_BSD, context).flatten(0, 1)
         if self.shared_expert is not None:
             share = 1.0 if self.shared_expert_gate is None else torch.sigmoid(self.shared_expert_gate(x_TD))
             if assignment.lost_T is not None:  # the shared expert stands in for those that had no room

@@ -59,7 +59,10 @@ def train_only_groups(model: nn.Module, config: MoDEConfig, groups: Iterable[str
     for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
         for layer in decoder.layers:
             if layer.is_sparse:
-                _train_experts(layer.mlp.experts, chosen_E)
+                feed_forward, blocks = chosen_E.split([config.num_experts - config.num_blocks, config.num_blocks])
+                _train_experts(layer.mlp.experts, feed_forward)
+                for block, chosen in zip(layer.mlp.blocks or (), blocks.tolist(), strict=True):
+                    block.requires_grad_(chosen)
 
 
 def train_only_routers(model: nn.Module) -> None:

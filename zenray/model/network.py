@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zenray.model.attention import Attention, KeyValueCache, causal_mask
 from zenray.model.balance import RouterStats, router_loss
+from zenray.model.blocks import BlockContext
 from zenray.model.config import MoDEConfig
 from zenray.model.experts import ExpertBank
 from zenray.model.feed_forward import MixtureOfExperts, SwiGLU
@@ -51,12 +52,16 @@ class DecoderLayer(nn.Module):
         masks: Masks,
         cache: KeyValueCache | None = None,
         valid_BS: Tensor | None = None,
+        ids_BS: Tensor | None = None,
+        grid_BL2: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
         mask = masks.local if self.is_local else masks.everywhere
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask, cache)
+        a_BSD, keys_BNLC, values_BNLC = self.self_attn(self.input_layernorm(x_BSD), rotary, mask, cache)
+        x_BSD = x_BSD + a_BSD
         h_BSD = self.post_attention_layernorm(x_BSD)
         if self.is_sparse:
-            y_BSD, stats = self.mlp(h_BSD, valid_BS)
+            context = BlockContext(keys_BNLC, values_BNLC, rotary, mask, ids_BS, grid_BL2)
+            y_BSD, stats = self.mlp(h_BSD, valid_BS, context)
             return x_BSD + y_BSD, stats
         return x_BSD + self.mlp(h_BSD), None
 
@@ -79,16 +84,23 @@ class Decoder(nn.Module):
         masks: Masks,
         cache: KeyValueCache | None = None,
         valid_BS: Tensor | None = None,
+        ids_BS: Tensor | None = None,
+        grid_BL2: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Hidden states of embedded tokens, and the router's sums of each sparse layer, in order."""
+        """Hidden states of embedded tokens, and the router's sums of each sparse layer, in order.
+
+        Only experts of other kinds look at `ids_BS` (vocabulary) and `grid_BL2` (spatial: row and column of every
+        position, the cached ones too, −1 off the grid).
+        """
         rotary = rotary_tables(self.config.rope_parameters, self.config.head_dim, positions_BS, x_BSD.dtype)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         all_stats = []
         for layer in self.layers:
+            inputs = (x_BSD, rotary, masks)
             if recompute:
-                x_BSD, stats = checkpoint(layer, x_BSD, rotary, masks, None, valid_BS, use_reentrant=False)
+                x_BSD, stats = checkpoint(layer, *inputs, None, valid_BS, ids_BS, grid_BL2, use_reentrant=False)
             else:
-                x_BSD, stats = layer(x_BSD, rotary, masks, cache, valid_BS)
+                x_BSD, stats = layer(*inputs, cache, valid_BS, ids_BS, grid_BL2)
             if stats is not None:
                 all_stats.append(stats)
         return self.norm(x_BSD), all_stats
@@ -122,12 +134,15 @@ class MoDE(nn.Module):
         if self.lm_head.weight.device.type != "meta":
             initialize(self, config.initializer_range)
 
-    def forward(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> MoDEOutput:
-        """`valid_BS` is False at padding: not attended to, and not counted by the router's balancing."""
+    def forward(self, ids_BS: Tensor, valid_BS: Tensor | None = None, grid_BS2: Tensor | None = None) -> MoDEOutput:
+        """`valid_BS` is False at padding: not attended to, and not counted by the router's balancing. `grid_BS2`: row
+        and column of each token, −1 off the grid, for spatial experts."""
         B, S = ids_BS.shape
         positions_BS = torch.arange(S, device=ids_BS.device).expand(B, S)
         masks = build_masks(self.config, S, valid_BS, ids_BS.device)
-        h_BSD, stats = self.model(self.model.embed_tokens(ids_BS), positions_BS, masks, valid_BS=valid_BS)
+        h_BSD, stats = self.model(
+            self.model.embed_tokens(ids_BS), positions_BS, masks, None, valid_BS, ids_BS, grid_BS2
+        )
         return MoDEOutput(self.lm_head(h_BSD), stats)
 
     def router_loss(self, stats: list[RouterStats], loads: list[Tensor] | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,8 @@ def _obstacles(config: MoDEConfig) -> list[str]:
     found = []
     if not config.sparse_layers:
         found.append("there are no experts")
+    if config.num_blocks:
+        found.append(f"{config.num_blocks} experts that are not feed-forward")
     if config.shared_expert_width:
         found.append(f"a shared expert of width {config.shared_expert_width}")
     if config.local_layers:
@@ -193,11 +196,15 @@ class _Exporter:
         shapes = ((width, hidden), (width, hidden), (hidden, width))
         for name, read, shape in zip(self.names, readers, shapes, strict=True):
             plan = TensorPlan(f"model.layers.{layer}.{self.block}.experts.{expert}.{name}.weight", shape, dtype)
-            yield _Piece(plan, lambda read=read, shape=shape: _padded(read(), shape))
+            yield _Piece(plan, partial(_read_padded, read, shape))
 
     def _copy(self, name: str, as_name: str | None = None) -> _Piece:
         plan = self.tensors.plan(name)
         return _Piece(TensorPlan(as_name or name, plan.shape, plan.dtype), lambda: self.tensors.read(name))
+
+
+def _read_padded(read: Callable[[], Tensor], shape: tuple[int, int]) -> Tensor:
+    return _padded(read(), shape)
 
 
 def _padded(tensor: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -71,9 +71,14 @@ class ZenModeForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        grid_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> ZenModeOutput:
-        """Logits of the last `logits_to_keep` positions (0: all). `labels` (B, S), −100 ignored, add a loss."""
+        """Logits of the last `logits_to_keep` positions (0: all). `labels` (B, S), −100 ignored, add a loss.
+
+        `grid_positions` (B, up to L, 2): row and column of each position from the first one on, −1 off the grid, for
+        spatial experts; positions after them (generated text) are off the grid.
+        """
         if output_hidden_states or output_attentions:
             raise InvalidValue(
                 "This model does not return hidden states or attention weights.",
@@ -92,7 +97,10 @@ class ZenModeForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(past, past + S, device=x_BSD.device)[None]
         masks = self._masks(x_BSD, attention_mask, past_key_values, position_ids)
         valid_BS = attention_mask[:, -S:] if attention_mask is not None and attention_mask.dim() == 2 else None
-        h_BSD, stats = self.model(x_BSD, position_ids, masks, past_key_values, valid_BS)
+        if grid_positions is not None:
+            total = S if past_key_values is None else past_key_values.get_seq_length() + S
+            grid_positions = nn.functional.pad(grid_positions, (0, 0, 0, total - grid_positions.shape[1]), value=-1)
+        h_BSD, stats = self.model(x_BSD, position_ids, masks, past_key_values, valid_BS, input_ids, grid_positions)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h_BSD[:, kept, :])
