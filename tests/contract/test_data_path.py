@@ -113,16 +113,23 @@ class TestOneReplica:
         assert httpx.get(url).status_code == 401
 
     def test_requests_straight_to_a_replica_scale_it_up_and_down_without_flapping(
-        self, harness: Harness, app: ServeApplication, replica: httpx.Client
+        self, harness: Harness, app: ServeApplication, running: ApplicationStatus
     ) -> None:
         """Up while there is load, then only ever down, to zero; then the proxy's port wakes it."""
 
         enough = threading.Event()
+        body = chat("tokens=20 delay_ms=100")
 
         def ask(_: int) -> set[int]:
             statuses = set()
+            urls = running.replica_urls
             while not enough.is_set():  # a busy machine needs longer to start replicas
-                statuses.add(replica.post("/v1/chat/completions", json=chat("tokens=20 delay_ms=100")).status_code)
+                try:
+                    url = f"{next(iter(urls.values()))}/v1/chat/completions"
+                    statuses.add(httpx.post(url, json=body, headers=AUTHORIZED, timeout=30).status_code)
+                except (httpx.ConnectError, StopIteration):  # it fell asleep just before the load began
+                    httpx.get(f"{harness.cluster.serve_status().proxy_url}{app.route_prefix}/health", timeout=20)
+                    urls = harness.cluster.serve_status().applications[app.name].replica_urls
             return statuses
 
         counts: list[int] = []
