@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.model.strategies import configs
 from zenray.model.config import ExpertGroup, MoDEConfig, RopeParameters, RouterConfig, uniform_experts
+from zenray.model.expert_maps import expert_map
 from zenray.spec.errors import InvalidValue
 
 LEGAL = MoDEConfig(
@@ -89,3 +91,49 @@ def test_json_round_trip(config):
 def test_unknown_field_is_refused_with_the_nearest():
     with pytest.raises(InvalidValue, match="Did you mean 'hidden_size'"):
         MoDEConfig.from_dict({**LEGAL.to_dict(), "hiden_size": 4})
+
+
+@settings(deadline=None)
+@given(configs(), st.data())
+def test_any_legal_configuration_made_illegal_is_refused_with_the_reason(config, data):
+    """One thing is broken at a time; the message names the field or the numbers."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    breaks = {
+        "vocab_size": 0,
+        "hidden_size": -1,
+        "head_dim": config.head_dim + 1,
+        "num_key_value_heads": heads + 1,
+        "sparse_layers": (*config.sparse_layers, layers),
+        "local_layers": (*config.local_layers, layers + 3),
+        "sliding_window": 0 if config.local_layers else 4,
+        "expert_choice_layers": (*config.expert_choice_layers, layers),
+        "shared_expert_width": -1,
+        "router": replace(config.router, experts_per_token=config.num_experts + 1),
+    }
+    if not config.sparse_layers:
+        del breaks["router"]  # nothing is routed
+    name = data.draw(st.sampled_from(sorted(breaks)))
+    with pytest.raises(InvalidValue) as caught:
+        replace(config, **{name: breaks[name]})
+    assert any(character.isdigit() for character in caught.value.message)
+    assert caught.value.param
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "groups"),
+    [("hip-39", 64, 4), ("zip-0414", 8, 4), ("zen-coder", 64, 8), ("zen-omni", 32, 4), ("zen-next", 128, 8)],
+)
+def test_the_documents_maps(name, experts, groups):
+    made = expert_map(name, 12)
+    assert (sum(group.num_experts for group in made), len(made)) == (experts, groups)
+    config = replace(LEGAL, expert_groups=made, router=RouterConfig(experts_per_token=2))
+    assert config.group_range(made[1].name) == range(made[0].num_experts, made[0].num_experts + made[1].num_experts)
+
+
+def test_a_group_of_a_map_may_be_wider():
+    made = expert_map("hip-39", 12, {"code": 20})
+    assert [group.width for group in made] == [12, 20, 12, 12]
+    with pytest.raises(InvalidValue, match="Did you mean 'code'"):
+        expert_map("hip-39", 12, {"coder": 20})
+    with pytest.raises(InvalidValue, match="Did you mean 'hip-39'"):
+        expert_map("hip39", 12)
