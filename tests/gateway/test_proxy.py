@@ -41,7 +41,7 @@ class Engine:
         self._raw = raw
         self.response = self
 
-    async def ask(self, *_: object) -> Engine:
+    async def ask(self, *_: object, **__: object) -> Engine:
         return self
 
     async def read(self) -> bytes:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zenray.gateway import failures
-from zenray.gateway.upstream import choose
+from zenray.gateway.replica_choice import choose
 from zenray.spec.edge import Endpoint
 
 REPLICAS = [Endpoint(replica_id=name, url=f"http://{name}") for name in "abc"]

@@ -16,6 +16,7 @@ from zenray.gateway.credit import Credit
 from zenray.gateway.logs import RequestLog
 from zenray.gateway.metering import Charge, Meter
 from zenray.gateway.metrics import Metrics
+from zenray.gateway.replica_choice import name_blocks, prompt_prefix
 from zenray.gateway.reply import ClientGone, Disconnect, Reply
 from zenray.gateway.snapshot import Directory, Key, Route
 from zenray.gateway.stream import EventStream, read_usage
@@ -105,7 +106,15 @@ class Proxy:
         try:
             route = await self._awake(asked, route, reply)
             body = admission.engine_body(asked, route, bounds, salt.cache_salt)
-            answer = await self._upstream.ask(asked.model, endpoint.value, body, reply.request_id)
+            answer = await self._upstream.ask(
+                asked.model,
+                endpoint.value,
+                body,
+                reply.request_id,
+                work=asked.choices,
+                # Organisations share no cache, by their salts.
+                prefix=lambda: name_blocks(f"{asked.model}:{org}", prompt_prefix(asked.body)),
+            )
             await self._pass_on(asked, route, answer, bill, reply)
         except asyncio.CancelledError:
             bill.outcome = Outcome.CLIENT_GONE if disconnect.gone else Outcome.INTERRUPTED

@@ -1,15 +1,16 @@
-"""The way to the replicas: which one is asked, what is tried when it cannot be reached, and how a sleeper is woken."""
+"""The way to the replicas: what they are asked, what is tried when one cannot be reached, how a sleeper is woken."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 
 import aiohttp
 
 from zenray.gateway import failures
 from zenray.gateway.http_client import Client, Connection, Lost, Unreachable
+from zenray.gateway.replica_choice import PrefixMemory, choose
 from zenray.gateway.snapshot import Directory, Route
 from zenray.spec.clock import Clock
 from zenray.spec.edge import Endpoint as Replica
@@ -23,45 +24,21 @@ _SUSPECT_S = 2.0
 _WAKE_POLL_S = 0.05
 
 
-def choose(
-    replicas: Sequence[Replica],
-    outstanding: Mapping[str, int],
-    suspect_until: Mapping[str, float],
-    tried: Collection[str],
-    now: float,
-    turn: int,
-) -> Replica | None:
-    """The replica with the fewest requests of ours, of those not tried yet; by turns among equals.
-
-    A replica that could not be reached within the last seconds comes last, but it comes: it may be the only one.
-    """
-    best: Replica | None = None
-    best_rank: tuple[bool, int] | None = None
-    count = len(replicas)
-    for step in range(count):
-        replica = replicas[(turn + step) % count]
-        if replica.replica_id in tried:
-            continue
-        rank = (suspect_until.get(replica.replica_id, 0.0) > now, outstanding.get(replica.replica_id, 0))
-        if best_rank is None or rank < best_rank:
-            best, best_rank = replica, rank
-    return best
-
-
 class Answer:
     """A replica's answer, begun. `release` must be called, once it is read or no longer wanted."""
 
-    __slots__ = ("_upstream", "replica_id", "response")
+    __slots__ = ("_upstream", "_work", "replica_id", "response")
 
-    def __init__(self, upstream: Upstream, replica_id: str, response: Connection) -> None:
+    def __init__(self, upstream: Upstream, replica_id: str, response: Connection, work: int) -> None:
         self._upstream = upstream
+        self._work = work
         self.replica_id = replica_id
         self.response = response
 
     def release(self) -> None:
         """Unless it has been read to its end, the connection is closed, and the engine stops computing."""
         self.response.release()
-        self._upstream.done(self.replica_id)
+        self._upstream.done(self.replica_id, self._work)
 
 
 class Upstream:
@@ -73,11 +50,22 @@ class Upstream:
         self._directory = directory
         self._clock = clock
         self._suspect_until: dict[str, float] = {}
+        self._prefixes = PrefixMemory()
         self._turn = 0
 
-    async def ask(self, model: str, path: str, body: bytes, request_id: str) -> Answer:
-        """Send to the least busy replica; return when its answer has begun, whatever its status.
+    async def ask(
+        self,
+        model: str,
+        path: str,
+        body: bytes,
+        request_id: str,
+        *,
+        work: int = 1,
+        prefix: Callable[[], list[int]] | None = None,
+    ) -> Answer:
+        """Send to the replica that `choose` names; return when its answer has begun, whatever its status.
 
+        `work`: the choices that are asked for. `prefix`: the prompt's first blocks, asked for when there is a choice.
         A replica that cannot be reached, or says 503, is passed over for the next. When one breaks the connection
         before it has answered anything, the request is sent once more, and not a third time, since the request itself
         may be what kills them. Raises Unavailable (503) when none is left, UpstreamFailed (502) when it was lost.
@@ -87,11 +75,11 @@ class Upstream:
         busy = False
         while True:
             route = self._directory.routes.get(model)
-            replica = self._next(route, tried) if route else None
+            replica = self._next(route, tried, prefix) if route else None
             if route is None or replica is None:
                 break
             tried.add(replica.replica_id)
-            self.outstanding[replica.replica_id] = self.outstanding.get(replica.replica_id, 0) + 1
+            self.outstanding[replica.replica_id] = self.outstanding.get(replica.replica_id, 0) + work
             answered = False
             try:
                 response = await self._client.post(
@@ -102,7 +90,7 @@ class Upstream:
                     busy = True
                     continue
                 answered = True
-                return Answer(self, replica.replica_id, response)
+                return Answer(self, replica.replica_id, response, work)
             except (Unreachable, ValueError) as error:  # ValueError: its address is none
                 self._suspect(replica, model, error)
             except TimeoutError as error:
@@ -117,25 +105,38 @@ class Upstream:
                 tried.discard(replica.replica_id)
             finally:
                 if not answered:
-                    self.done(replica.replica_id)
+                    self.done(replica.replica_id, work)
         if lost:
             raise failures.died(started=False)
         why = "All its replicas are busy." if busy else "None of its replicas can be reached."
         raise Unavailable(f"The model '{model}' cannot answer at the moment. {why}", hint="Retry.", retry_after_s=1)
 
-    def done(self, replica_id: str) -> None:
-        left = self.outstanding[replica_id] - 1
+    def done(self, replica_id: str, work: int) -> None:
+        left = self.outstanding[replica_id] - work
         if left:
             self.outstanding[replica_id] = left
         else:
             del self.outstanding[replica_id]
 
-    def _next(self, route: Route, tried: Collection[str]) -> Replica | None:
-        self._turn += 1
+    def _next(self, route: Route, tried: Collection[str], prefix: Callable[[], list[int]] | None) -> Replica | None:
         replicas = route.entry.endpoints
         if len(replicas) == 1 and not tried:
             return replicas[0]
-        return choose(replicas, self.outstanding, self._suspect_until, tried, self._clock.monotonic(), self._turn)
+        self._turn += 1
+        blocks = prefix() if prefix is not None and replicas else []
+        chosen = choose(
+            replicas,
+            self.outstanding,
+            self._suspect_until,
+            tried,
+            self._clock.monotonic(),
+            self._turn,
+            blocks=blocks,
+            matched=self._prefixes.matched(blocks),
+        )
+        if chosen is not None and blocks:
+            self._prefixes.note(blocks, chosen.replica_id)
+        return chosen
 
     def _suspect(self, replica: Replica, model: str, error: Exception) -> None:
         now = self._clock.monotonic()

@@ -1,0 +1,180 @@
+"""Prefix affinity: what is remembered, what is preferred, and what a day of traffic makes of it."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter, OrderedDict
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zenray.gateway.replica_choice import (
+    BLOCK_BYTES,
+    MAX_PREFIX_BYTES,
+    PrefixMemory,
+    choose,
+    name_blocks,
+    prompt_prefix,
+    slack,
+)
+from zenray.spec.edge import Endpoint
+
+REPLICAS = [Endpoint(replica_id=name, url=f"http://{name}") for name in "abc"]
+
+
+def text(seed: str, size_bytes: int) -> str:
+    return "".join(random.Random(seed).choices("abcdefgh ", k=size_bytes))
+
+
+def blocks_of(*contents: str, root: str = "m:acme") -> list[int]:
+    body = {"messages": [{"role": "system", "content": content} for content in contents]}
+    return name_blocks(root, prompt_prefix(body))
+
+
+def pick(blocks: list[int], memory: PrefixMemory, outstanding: dict[str, int], **options: object) -> str:
+    arguments = {"suspect_until": {}, "tried": (), "now": 0.0, "turn": 0} | options
+    matched = memory.matched(blocks)
+    replica = choose(REPLICAS, outstanding, blocks=blocks, matched=matched, **arguments)  # type: ignore[arg-type]
+    assert replica
+    return replica.replica_id
+
+
+def test_what_knows_the_prompt_is_preferred_until_it_is_much_busier() -> None:
+    memory, blocks = PrefixMemory(), blocks_of(text("x", 3000))
+    memory.note(blocks, "b")
+    longer = blocks_of(text("x", 3000), text("question", 500))
+    for busy in range(slack(0) + 1):
+        assert pick(longer, memory, {"b": busy}) == "b"
+    assert pick(longer, memory, {"b": slack(0) + 1}) != "b"
+    assert pick(longer, memory, {"a": 10, "b": 15, "c": 10}) == "b"
+    assert pick(longer, memory, {"a": 10, "b": 16, "c": 11}) == "a"
+
+
+def test_the_longest_match_wins_and_ties_go_to_the_less_busy() -> None:
+    memory = PrefixMemory()
+    memory.note(blocks_of(text("x", 1000)), "a")
+    memory.note(blocks_of(text("x", 3000)), "b")
+    asked = blocks_of(text("x", 3000), "and so on")
+    assert pick(asked, memory, {"b": 1}) == "b"
+    memory.note(asked, "c")
+    assert pick(asked, memory, {"b": 1}) == "c"
+
+
+def test_suspects_and_those_tried_are_not_preferred() -> None:
+    memory, blocks = PrefixMemory(), blocks_of(text("x", 3000))
+    memory.note(blocks, "b")
+    assert pick(blocks, memory, {}, suspect_until={"b": 1.0}) != "b"
+    assert pick(blocks, memory, {}, tried={"b"}) != "b"
+    assert pick(blocks, memory, {}, tried={"a", "c"}, suspect_until={"b": 1.0}) == "b"
+
+
+def test_a_replica_that_vanished_is_never_chosen() -> None:
+    memory, blocks = PrefixMemory(), blocks_of(text("x", 3000))
+    for _ in range(10):
+        memory.note(blocks, "gone")
+        assert pick(blocks, memory, {"gone": 0, "a": 5, "b": 6, "c": 7}) == "a"
+
+
+def test_a_little_in_common_does_not_decide() -> None:
+    memory = PrefixMemory()
+    memory.note(blocks_of(text("header", BLOCK_BYTES)), "c")
+    assert pick(blocks_of(text("header", BLOCK_BYTES) + text("x", 8000)), memory, {"c": 1, "b": 1}) == "a"
+
+
+def test_gateways_that_know_nothing_of_each_other_agree() -> None:
+    prompts = [blocks_of(text(str(number), 2000)) for number in range(200)]
+    first = [pick(prompt, PrefixMemory(), {}, turn=0) for prompt in prompts]
+    assert first == [pick(prompt, PrefixMemory(), {}, turn=number) for number, prompt in enumerate(prompts)]
+    assert min(Counter(first).values()) > 40
+
+
+def test_nothing_is_shared_between_roots() -> None:
+    memory = PrefixMemory()
+    memory.note(blocks_of(text("x", 3000), root="m:acme"), "b")
+    assert memory.matched(blocks_of(text("x", 3000), root="m:other")) == {}
+
+
+def test_prefixes_end_at_four_thousand_tokens_and_are_whole_blocks() -> None:
+    assert len(blocks_of(text("x", 10 * MAX_PREFIX_BYTES))) == MAX_PREFIX_BYTES // BLOCK_BYTES
+    assert blocks_of("short") == []
+    long, longer = blocks_of(text("x", 2000)), blocks_of(text("x", 2000), "more" * 100)
+    assert longer[: len(long)] == long and len(longer) > len(long)
+
+
+def test_what_a_template_renders_first_comes_first() -> None:
+    messages = [{"role": "system", "content": "s" * 600}, {"role": "user", "content": [{"type": "text", "text": "u"}]}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert prompt_prefix({"messages": messages, "tools": tools}).startswith(b'[{"type":"function"')
+    assert prompt_prefix({"messages": messages}).startswith(b"system\0sss")
+    assert prompt_prefix({"prompt": "x" * 99_999}) == b"x" * MAX_PREFIX_BYTES
+    assert prompt_prefix({"prompt": [1, 2, 3]}) == b"[1,2,3]"
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from("abcdef")), max_size=200), st.integers(1, 40))
+def test_memory_is_bounded_and_tells_no_tales(sent: list[tuple[int, str]], max_blocks: int) -> None:
+    memory = PrefixMemory(max_blocks)
+    truth: dict[int, set[str]] = {}
+    for number, replica_id in sent:
+        blocks = [10 * (number // 4), 10 * (number // 4) + 1, 1000 + number][: 1 + number % 3]
+        memory.note(blocks, replica_id)
+        for block in blocks:
+            truth.setdefault(block, set()).add(replica_id)
+        assert len(memory) <= max_blocks
+        for name, depth in memory.matched(blocks).items():
+            assert depth <= len(blocks) and all(name in truth[block] for block in blocks[:depth])
+
+
+class CachingReplica:
+    """An engine's prefix cache: least recently used blocks go first; only a chain from the start is of use."""
+
+    def __init__(self, capacity_blocks: int) -> None:
+        self._capacity_blocks = capacity_blocks
+        self._blocks: OrderedDict[int, None] = OrderedDict()
+
+    def serve(self, blocks: list[int]) -> int:
+        cached = 0
+        while cached < len(blocks) and blocks[cached] in self._blocks:
+            cached += 1
+        for block in reversed(blocks):
+            self._blocks[block] = None
+            self._blocks.move_to_end(block)
+        while len(self._blocks) > self._capacity_blocks:
+            self._blocks.popitem(last=False)
+        return cached
+
+
+def simulate(*, affinity: bool, rate: float, seed: int = 1) -> tuple[float, int]:
+    """Share of prompt blocks found cached, and the most requests at one replica; 3 replicas that hold half of all."""
+    chance = random.Random(seed)
+    replicas = {one.replica_id: CachingReplica(capacity_blocks=60) for one in REPLICAS}
+    memory = PrefixMemory()
+    outstanding: Counter[str] = Counter()
+    ends: list[tuple[float, str]] = []
+    systems = [text(f"system {number}", 10 * BLOCK_BYTES) for number in range(12)]
+    cached = asked = busiest = 0
+    now_s = 0.0
+    for turn in range(2000):
+        now_s += chance.expovariate(rate)
+        while ends and ends[0][0] <= now_s:
+            outstanding[heapq.heappop(ends)[1]] -= 1
+        blocks = blocks_of(chance.choice(systems), text(str(turn), 2 * BLOCK_BYTES))
+        matched = memory.matched(blocks) if affinity else {}
+        chosen = choose(REPLICAS, outstanding, {}, (), now_s, turn, blocks=blocks if affinity else (), matched=matched)
+        assert chosen
+        name = chosen.replica_id
+        memory.note(blocks, name)
+        hit = replicas[name].serve(blocks)
+        cached, asked = cached + hit, asked + len(blocks)
+        outstanding[name] += 1
+        busiest = max(busiest, outstanding[name])
+        heapq.heappush(ends, (now_s + 0.2 + 0.05 * (len(blocks) - hit), name))
+    return cached / asked, busiest
+
+
+def test_prompts_that_share_a_beginning_meet_without_crowding_one_replica() -> None:
+    for rate in (2.0, 8.0):
+        with_affinity, busiest = simulate(affinity=True, rate=rate)
+        without, busiest_without = simulate(affinity=False, rate=rate)
+        assert with_affinity > 1.5 * without, (rate, with_affinity, without)
+        assert busiest <= busiest_without + slack(busiest_without)
