@@ -131,6 +131,20 @@ def test_selection_bias_evens_the_load_and_leaves_the_weights_alone():
     torch.testing.assert_close(weights_TK, plain / plain.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_temperature_divides_the_logits(renormalize):
+    torch.manual_seed(0)
+    config = with_router(replace(CONFIG, expert_choice_layers=()), temperature=2.5, renormalize=renormalize)
+    router = TokenChoiceRouter(config)
+    initialize(router, 1.0)
+    x_TD = torch.randn(20, 16)
+    assignment, _ = router(x_TD)
+    expected = torch.softmax(x_TD @ router.weight.t() / 2.5, dim=-1).topk(2).values
+    if renormalize:
+        expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(assignment.weight_R[assignment.slot_TK], expected)
+
+
 CAPACITY = replace(CONFIG, expert_choice_layers=(), shared_expert_width=8)
 
 
@@ -161,6 +175,7 @@ def test_capacity_keeps_the_first_and_hands_the_rest_to_the_shared_expert(factor
         expected += (1 + lost) * layer.shared_expert(x_TD[token])
         fallback_tokens += lost > 0
         torch.testing.assert_close(y_TD[0, token], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y_TD[0, ~valid_T], layer.shared_expert(x_TD[~valid_T]))  # its experts are not asked
     assert stats.overflow_E.tolist() == overflow
     assert stats.fallback_tokens == fallback_tokens
     assert stats.load_E.sum() == 2 * (20 - padding)  # what the router wanted, which is what balancing is about

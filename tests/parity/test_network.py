@@ -9,6 +9,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -100,6 +102,39 @@ def test_mixtral(window):
             rope_parameters=RopeParameters(rope_theta=1e6),
             sliding_window=window,
             local_layers=(0, 1, 2) if window else (),
+        )
+    )
+    assert_same(ours, theirs)
+
+
+def test_qwen2_moe_with_its_gated_shared_expert():
+    torch.manual_seed(0)
+    theirs = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **SHAPE,
+            intermediate_size=96,
+            moe_intermediate_size=40,
+            shared_expert_intermediate_size=56,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            mlp_only_layers=[0],
+        )
+    )
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    ours = MoDE(
+        MoDEConfig(
+            **SHAPE,
+            intermediate_size=96,
+            head_dim=16,
+            sparse_layers=(1, 2),
+            expert_groups=uniform_experts(6, 40),
+            router=RouterConfig(experts_per_token=2, renormalize=False),
+            shared_expert_width=56,
+            shared_expert_gate=True,
+            attention_bias=True,
         )
     )
     assert_same(ours, theirs)
