@@ -80,7 +80,7 @@ class Contestant:
 
 def wrk(url: str, clients: int, seconds: int, script: Path) -> Measured:
     """One run. RuntimeError when any answer was not 200."""
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--latency", "-s", str(script), url]
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "30s", "--latency", "-s", str(script), url]
     command[-1] += "/v1/chat/completions"
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in text or "Socket errors" in text:
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, without LiteLLM")
     quick = parser.parse_args().quick
-    rounds, seconds = (3, 2) if quick else (5, 3)
+    rounds, seconds = (3, 2) if quick else (4, 3)
     why_not = "left out by --quick" if quick else install_litellm()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
