@@ -29,6 +29,14 @@ def test_the_cache_is_bytes_on_a_cpu_and_a_share_on_a_gpu() -> None:
     assert "kv_cache_memory_bytes" not in on_gpu
 
 
+def test_a_layout_over_gpus_reaches_vllm_in_its_own_words() -> None:
+    given = arguments(8, tensor_parallel=4, pipeline_parallel=2, expert_parallel=True)
+    assert (given["tensor_parallel_size"], given["pipeline_parallel_size"]) == (4, 2)
+    assert given["enable_expert_parallel"] is True
+    assert given["distributed_executor_backend"] == "mp"
+    assert "tensor_parallel_size" not in arguments(1)
+
+
 def test_threads_follow_the_cpus_of_a_replica() -> None:
     assert environment(0.5, 0)["OMP_NUM_THREADS"] == "1"
     assert environment(2.9, 0)["OMP_NUM_THREADS"] == "2"

@@ -41,6 +41,17 @@ class EngineSettings(Document):
     gpu_memory_utilization: float = Field(0.92, gt=0, le=1)
     enforce_eager: bool = True
     prefix_caching: bool = True
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share every layer.")
+    pipeline_parallel: int = Field(1, ge=1, description="Groups of such GPUs, each with some of the layers.")
+    expert_parallel: bool = Field(False, description="Experts lie whole on the GPUs that share a layer, not cut.")
+    gpu_memory_bytes: int | None = Field(
+        None, ge=1 << 30, description="Of one GPU. Given: what does not fit is refused before anything starts."
+    )
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the layout takes, all of one machine."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 class DeploymentSpec(Document):

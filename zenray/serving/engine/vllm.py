@@ -113,6 +113,14 @@ def engine_arguments(launch: EngineLaunch, folder: Path) -> dict[str, Any]:
         "enable_prefix_caching": settings.prefix_caching,
         "disable_log_stats": False,
     }
+    if settings.gpus > 1:
+        arguments |= {
+            "tensor_parallel_size": settings.tensor_parallel,
+            "pipeline_parallel_size": settings.pipeline_parallel,
+            "enable_expert_parallel": settings.expert_parallel,
+            # The replica holds all the GPUs itself; inside Ray vLLM might else ask Ray for more of them.
+            "distributed_executor_backend": "mp",
+        }
     if launch.gpus:
         return arguments | {"gpu_memory_utilization": settings.gpu_memory_utilization}
     return arguments | {"kv_cache_memory_bytes": settings.kv_cache_bytes}
