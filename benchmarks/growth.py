@@ -1,0 +1,119 @@
+"""Whether a request costs the same with many keys and many deployments, and whether memory stays flat.
+
+    python -m benchmarks.growth [--quick]
+
+Three gateways of one process each, before one nginx: 10 keys and 1 deployment; 10,000 keys; 100 deployments. wrk, 16
+clients, asks each in turn, every request with another key and model. Compared is the processor time per request, which
+other programs on the machine disturb less than the clock. Memory is the first gateway's resident set, once it is warm,
+before and after the rest of its requests; without --quick these are about 100,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from benchmarks.gateway import BODY, wrk
+from benchmarks.report import print_report
+from benchmarks.stand_in import MODEL, Standing, gateway_up, key_name, upstream_up
+
+CLIENTS = 16
+STANDINGS = {"10 keys, 1 deployment": (10, 1), "10,000 keys": (10_000, 1), "100 deployments": (10, 100)}
+SCRIPT = """
+wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+local count = 0
+request = function()
+  count = count + 1
+  wrk.headers["Authorization"] = "Bearer {key}" .. ((count * 7919) % {keys})
+  local model = (count * 31) % {deployments}
+  local name = model == 0 and "{model}" or "{model}-" .. model
+  return wrk.format(nil, nil, nil, (string.gsub([[{body}]], "MODEL", name)))
+end
+"""
+
+
+@dataclass
+class Grown:
+    url: str
+    process: psutil.Process
+    script: Path
+    cpu_us: list[float] = field(default_factory=list)
+    requests: int = 0
+
+    def measure(self, seconds: int) -> None:
+        before_s = self._cpu_s()
+        requests = wrk(self.url, CLIENTS, seconds, self.script).requests
+        self.cpu_us.append((self._cpu_s() - before_s) / requests * 1e6)
+        self.requests += requests
+
+    def _cpu_s(self) -> float:
+        times = self.process.cpu_times()
+        return times.user + times.system
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    rounds, seconds = (6, 2) if parser.parse_args().quick else (15, 5)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        upstream = stack.enter_context(upstream_up(folder, delay_s=0.005))
+        grown: dict[str, Grown] = {}
+        for number, (name, (keys, deployments)) in enumerate(STANDINGS.items()):
+            standing = Standing([upstream], keys=keys, deployments=deployments)
+            url, _, pid = stack.enter_context(gateway_up(folder / str(number), standing, processes=1))
+            script = folder / f"{number}.lua"
+            body = json.dumps(BODY | {"model": "MODEL"})
+            words = {"key": key_name(0)[:-1], "keys": keys, "deployments": deployments, "model": MODEL, "body": body}
+            script.write_text(_fill(words))
+            grown[name] = Grown(url, psutil.Process(pid), script)
+        few, many_keys, many_deployments = grown.values()
+        rss_bytes = 0
+        for number in range(rounds + 1):
+            for one in list(grown.values())[:: 1 if number % 2 else -1]:
+                one.measure(seconds)
+            if number == 0:  # warm: every key, model and connection has been met
+                for one in grown.values():
+                    one.cpu_us.clear()
+                rss_bytes, few.requests = few.process.memory_info().rss, 0
+        grown_bytes = few.process.memory_info().rss - rss_bytes
+        report(grown, few, many_keys, many_deployments, grown_bytes, rounds)
+
+
+def _fill(words: dict[str, object]) -> str:
+    script = SCRIPT
+    for name, value in words.items():
+        script = script.replace("{" + name + "}", str(value))
+    return script
+
+
+def report(
+    grown: dict[str, Grown], few: Grown, many_keys: Grown, many_deployments: Grown, grown_bytes: int, rounds: int
+) -> None:
+    def ratio(many: Grown) -> float:
+        return round(statistics.median(b / a for a, b in zip(few.cpu_us, many.cpu_us, strict=True)), 3)
+
+    print_report(
+        "Processor time of one request, by what the gateway knows",
+        ["knows", "us per request", "requests"],
+        [[name, statistics.median(one.cpu_us), one.requests] for name, one in grown.items()],
+        {
+            "keys_ratio": ratio(many_keys),
+            "deployments_ratio": ratio(many_deployments),
+            "memory_growth_bytes": grown_bytes,
+            "memory_requests": few.requests,
+        },
+        notes=[f"{rounds} rounds after one thrown away; ratios are medians of those within a round."],
+    )
+
+
+if __name__ == "__main__":
+    main()
