@@ -258,7 +258,8 @@ async def test_a_slow_reader_makes_the_replica_wait_and_is_not_taken_for_silence
             read_bytes += len(data)
         connection.release()
         assert size_bytes - (8 << 20) < read_bytes < size_bytes
-        assert len((await answer(made, client))[1]) == size_bytes
+        for _ in range(3):
+            assert len((await answer(made, client))[1]) == size_bytes
         assert made.connections == 1
 
 

@@ -112,6 +112,8 @@ class Connection(asyncio.Protocol):
             if self._paused:
                 self._resume()
             await self._more()
+        if self._paused:  # for the next answer
+            self._resume()
         return self._take()
 
     async def chunk(self) -> bytes:
