@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.training.tiny import END, job, write_text, write_version
 from zenray.spec.errors import InvalidValue, NotFound
 from zenray.spec.training import DataSource, TrainingData
+from zenray.training.data.__main__ import main
 from zenray.training.data.corpus import builtin_documents
 from zenray.training.data.documents import identity, read_documents, write_corpus
 from zenray.training.data.stream import IGNORED, PackedDomain, SequenceStream, pack
@@ -65,6 +66,8 @@ def test_the_mask_lets_a_token_see_its_own_document_up_to_itself() -> None:
     assert batch.num_targets == 4
 
 
+@example(weights=[63.0, 0.03125, 0.03125], seed=0)
+@settings(max_examples=15)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(0, 5))
 def test_domains_come_by_weight_and_every_sequence_before_any_comes_again(weights, seed) -> None:
     packed = [PackedDomain(domain(str(n), [10] * (20 + 7 * n)), 9, seed) for n in range(len(weights))]
@@ -74,7 +77,7 @@ def test_domains_come_by_weight_and_every_sequence_before_any_comes_again(weight
         assert chosen[number] >= 1
         assert abs(chosen[number] - 1000 * weight / sum(weights)) <= len(weights)
     seen: dict[int, list[int]] = {number: [] for number in range(len(weights))}
-    for index in range(1200):
+    for index in range(500):
         seen[stream.domain_of(index)].append(int(stream.batch(index, 1).ids_BS[0, 0]))
     for number, firsts in seen.items():
         one_pass = packed[number].num_sequences
@@ -180,3 +183,9 @@ def test_the_corpus_of_every_machine(tmp_path: Path) -> None:
 def test_data_that_makes_no_sense_is_refused(sources, message) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingData(sources=sources)
+
+
+def test_the_command_writes_the_corpus(tmp_path: Path, capsys) -> None:
+    assert main([str(tmp_path / "corpus"), "--domains", "prose"]) == 0
+    assert "prose.jsonl: 7" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "corpus").iterdir()] == ["prose.jsonl"]

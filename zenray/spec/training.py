@@ -121,6 +121,11 @@ class _TrainingJob(Document):
         "skip", description="On a loss or gradient that is not finite: leave the step out, or end the run."
     )
     seed: int = 0
+    stock_format: Literal["none", "exact", "replicate"] = Field(
+        "none",
+        description="Also publish a format that stock Qwen3-MoE or Mixtral classes load, under their name: where that "
+        "is exact, or also with dense layers said as equal experts. Refused where no class says the model.",
+    )
 
     @field_validator("name")
     @classmethod

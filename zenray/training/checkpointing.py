@@ -5,7 +5,9 @@ Experts are written as shards of one whole tensor, so a checkpoint does not know
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,16 @@ def save(trainer: Trainer, step: int, folder: Path) -> None:
     state: dict[str, Any] = _tensors(trainer)
     state["step"] = torch.tensor(step)
     state["updates"] = torch.tensor(_updates(trainer))
-    dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with _quiet():
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def load(trainer: Trainer, folder: Path) -> int:
     """Read what `save` wrote, at whatever layout, into the trainer; returns the steps done. Collective."""
     state: dict[str, Any] = _tensors(trainer)
     state["step"], state["updates"] = torch.tensor(0), torch.tensor(0)
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with _quiet():
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     for one in trainer.trainables:
         trainer.optimizer.state[one.master]["step"].fill_(float(state["updates"]))
     publish_masters(trainer.trainables)
@@ -54,7 +58,8 @@ def read_weight(folder: Path, name: str) -> Tensor:
     if not isinstance(found, TensorStorageMetadata):
         raise CorruptData(f"The checkpoint in {folder} has no weights {name!r}.")
     whole = torch.empty(found.size, dtype=found.properties.dtype)
-    dcp.load({_WEIGHT + name: whole}, checkpoint_id=folder, no_dist=True)
+    with _quiet():
+        dcp.load({_WEIGHT + name: whole}, checkpoint_id=folder, no_dist=True)
     return whole
 
 
@@ -68,11 +73,20 @@ def difference(one: Path, other: Path) -> list[str]:
             about = metadata[name]
             assert isinstance(about, TensorStorageMetadata)
             whole = torch.empty(about.size, dtype=about.properties.dtype)
-            dcp.load({name: whole}, checkpoint_id=folder, no_dist=True)
+            with _quiet():
+                dcp.load({name: whole}, checkpoint_id=folder, no_dist=True)
             pair.append(whole)
         if pair[0].dtype != pair[1].dtype or not torch.equal(*pair):
             found.append(name)
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _tensors(trainer: Trainer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from zenray.model.hf.export import choose_target, export
 from zenray.model.weights import TensorPlan
 from zenray.spec.errors import Conflict, InvalidDocument, ZenrayError
 from zenray.spec.platform import StorageSettings
@@ -30,6 +31,8 @@ from zenray.training.lineage import pin, pinned, run_name
 from zenray.training.loop import HISTORY_NAME, Event, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.worker import train_worker
+
+STOCK_FORMATS = {"qwen3_moe": "qwen3-moe", "mixtral": "mixtral"}
 
 
 def run(job: TrainingJob, storage: StorageSettings, work_dir: Path, *, progress: Progress | None = None) -> Manifest:
@@ -51,6 +54,8 @@ def run(job: TrainingJob, storage: StorageSettings, work_dir: Path, *, progress:
             )
         return existing
     base = Checkpoint.open(fetch(store, pinned(job.base, store), work_dir / "versions", progress=progress))
+    if job.stock_format != "none":  # what cannot be said is refused before the training, not after
+        choose_target(base.config, replicate_dense=job.stock_format == "replicate")
     result = _fit(job, name, storage, work_dir)
     if result.checkpoint is None:
         raise ZenrayError(f"Run {name} ended without a checkpoint.")
@@ -131,6 +136,12 @@ def _publish(
         parents = Parents(base_version=str(pinned(job.base, store)), training_job=job.name)
         metadata = {"kind": job.kind, "run": name, "job": job.model_dump_json(), **_metrics(job, history)}
         ref = VersionRef(model=job.into.model, version=job.into.version)
+        if job.stock_format != "none":  # first, so that a version whose own format is there has all of its formats
+            stock = Path(scratch, "stock")
+            target = export(made, stock, replicate_dense=job.stock_format == "replicate", progress=progress)
+            stock_ref = ref.model_copy(update={"format": STOCK_FORMATS[target]})
+            about = {**metadata, "exported_from": str(ref)}
+            publish(store, stock_ref, stock, parents=parents, metadata=about, progress=progress)
         return publish(store, ref, made, parents=parents, metadata=metadata, progress=progress)
 
 

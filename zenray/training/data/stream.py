@@ -130,7 +130,7 @@ def _share_out(weights: Sequence[float]) -> np.ndarray:
     while places.sum() < _PLACES:
         places[np.argmax(exact - places)] += 1
     while places.sum() > _PLACES:
-        places[np.argmax(places - exact)] -= 1
+        places[np.argmax(np.where(places > 1, places - exact, -np.inf))] -= 1
     return places
 
 
