@@ -35,6 +35,7 @@ class Load:
     max_tokens: int
     stream: bool
     seed: int
+    prefix: str = ""  # stands before every question: words for a scripted engine
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ async def run(load: Load) -> Outcome:
         for number in range(load.requests_per_client):
             body = {
                 "model": load.model,
-                "messages": [{"role": "user", "content": question(load.seed, client, number)}],
+                "messages": [{"role": "user", "content": load.prefix + question(load.seed, client, number)}],
                 "max_tokens": load.max_tokens,
                 "temperature": 0,
             }
