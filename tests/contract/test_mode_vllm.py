@@ -1,0 +1,117 @@
+"""Our vLLM model in a real engine: log-probabilities and greedy answers as zenray.model has them, from its files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zenray.model.config import ExpertGroup, MoDEConfig, RopeParameters, RouterConfig
+from zenray.model.hf import ZenModeConfig, ZenModeForCausalLM
+from zenray.model.router import ExpertChoiceRouter, TokenChoiceRouter
+
+pytestmark = pytest.mark.contract
+
+PLAIN = MoDEConfig(
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    sparse_layers=(1, 2),
+    expert_groups=(ExpertGroup("general", 4, 64),),
+    initializer_range=0.15,
+    max_position_embeddings=256,
+)
+CASES = {
+    "plain token choice, tied": replace(PLAIN, tie_word_embeddings=True),
+    "thresholds, widths, shared expert, windows, YaRN, QK-norm": replace(
+        PLAIN,
+        sparse_layers=(0, 2, 3),
+        expert_choice_layers=(0, 3),
+        expert_groups=(ExpertGroup("general", 2, 32), ExpertGroup("code", 3, 64), ExpertGroup("math", 1, 40)),
+        router=RouterConfig(experts_per_token=3, renormalize=False, temperature=1.7),
+        shared_expert_width=48,
+        shared_expert_gate=True,
+        qk_norm=True,
+        rope_parameters=RopeParameters("yarn", 1e4, factor=4.0, original_max_position_embeddings=32),
+        sliding_window=9,
+        local_layers=(1, 2),
+    ),
+    "selection bias, no thresholds yet, attention bias, fallback": replace(
+        PLAIN,
+        sparse_layers=(0, 1, 2, 3),
+        expert_choice_layers=(1,),
+        router=RouterConfig(selection_bias=True, capacity_factor=1.0),
+        shared_expert_width=40,
+        attention_bias=True,
+        rope_parameters=RopeParameters("linear", 1e4, factor=2.0),
+    ),
+    "no experts, all layers local": replace(
+        PLAIN,
+        sparse_layers=(),
+        expert_groups=(),
+        sliding_window=12,
+        local_layers=(0, 1, 2, 3),
+        rope_parameters=RopeParameters("llama3", 1e4, factor=8.0, original_max_position_embeddings=64),
+    ),
+}
+
+
+def make_checkpoint(config: MoDEConfig, folder: Path) -> ZenModeForCausalLM:
+    """Random weights, biases and norms; routers that have learnt something. Saved as every zen_mode checkpoint is."""
+    torch.manual_seed(0)
+    model = ZenModeForCausalLM(ZenModeConfig.from_mode(config, eos_token_id=0)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, TokenChoiceRouter) and module.bias_E is not None:
+                module.bias_E.copy_(0.2 * torch.randn_like(module.bias_E))
+            if isinstance(module, ExpertChoiceRouter) and module.cutoff_E.numel() == 6:
+                module.cutoff_E.copy_(torch.tensor([0.05, 0.3, 0.2, 0.12, 0.45, 0.25]))
+                module.steps.fill_(7)
+    model.save_pretrained(folder)
+    return model
+
+
+def ask_vllm(folders: list[Path], prompts: list[list[int]], tmp_path: Path) -> list[list[dict[str, Any]]]:
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    command = [sys.executable, "-m", "tests.contract.vllm_answers", str(tmp_path / "prompts.json"), *map(str, folders)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    lines = [line.removeprefix("answers: ") for line in ran.stdout.splitlines() if line.startswith("answers: ")]
+    return [json.loads(line) for line in lines]
+
+
+@torch.no_grad()
+def check_answer(model: ZenModeForCausalLM, prompt: list[int], answer: dict[str, Any]) -> None:
+    """Every token's log-probability, and that each answered token is our likeliest one."""
+    ids = torch.tensor([prompt + answer["tokens"]])
+    logprobs = model(ids).logits[0, :-1].log_softmax(dim=-1)
+    ours = logprobs.gather(1, ids[0, 1:, None])[:, 0]
+    theirs = torch.tensor(answer["prompt_logprobs"] + answer["logprobs"])
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert logprobs[len(prompt) - 1 :].argmax(dim=-1).tolist() == answer["tokens"]
+
+
+def test_vllm_answers_as_our_own_network_does(tmp_path: Path) -> None:
+    models = [make_checkpoint(config, tmp_path / str(index)) for index, config in enumerate(CASES.values())]
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 160, (length,), generator=generator).tolist() for length in (2, 17, 60)]
+    answers = ask_vllm([tmp_path / str(index) for index in range(len(models))], prompts, tmp_path)
+    for case, model, found in zip(CASES, models, answers, strict=True):
+        for prompt, answer in zip(prompts, found, strict=True):
+            try:
+                check_answer(model, prompt, answer)
+            except AssertionError as error:
+                raise AssertionError(f"{case}, prompt of {len(prompt)} tokens: {error}") from error
