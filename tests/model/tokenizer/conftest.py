@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from zenray.model.tokenizer import bpe, build, corpus
 from zenray.model.tokenizer.build import BuiltTokenizer, extend, train
@@ -38,6 +38,7 @@ def base() -> bpe.ByteLevelBPE:
             show_progress=False,
         ),
     )
+    bare.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     return bpe.read_document(json.loads(bare.to_str()))
 
 

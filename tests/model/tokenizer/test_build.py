@@ -83,11 +83,15 @@ def test_code_patterns_are_one_token(built: BuiltTokenizer):
 def test_an_extension_keeps_the_base(base: ByteLevelBPE, extended: BuiltTokenizer):
     assert base.ids.items() <= extended.bpe.ids.items()
     assert extended.bpe.merges[: len(base.merges)] == base.merges
-    assert base.added.items() <= extended.bpe.added.items()
+    assert {token: extended.bpe.added[token] for token in base.added} == base.added
+    assert extended.bpe.backend().encode("a  <mask>").tokens == [
+        "a",
+        "  <mask>",
+    ]  # it takes spaces before it along, as in the base
     assert base.parts == extended.bpe.parts
     assert extended.bpe.ids["<|endoftext|>"] == 0
     assert extended.bpe.ids["<image>"] == LAYOUT.control_start + list(CONTROL_TOKENS).index("<image>")
-    assert (extended.counts.base, extended.counts.bytes) == (300, 64)
+    assert (extended.counts.base, extended.counts.bytes) == (301, 64)
 
 
 def test_what_the_base_encoded_decodes_the_same(base: ByteLevelBPE, extended: BuiltTokenizer, texts: list[str]):
@@ -185,7 +189,7 @@ def test_refusals(base: ByteLevelBPE, texts: list[str], tmp_path: Path):
         Layout(entries=900)
     with pytest.raises(InvalidValue, match="control tokens"):
         Layout(control_entries=3)
-    with pytest.raises(InvalidValue, match="up to id 299; the ranges for code and control tokens begin at 260"):
+    with pytest.raises(InvalidValue, match="up to id 300; the ranges for code and control tokens begin at 260"):
         extend(base, texts, Layout(entries=600, code_entries=300, control_entries=40))
     with pytest.raises(InvalidValue, match=r"words are not one token yet"):
         train([], Layout(entries=300 + 40 + 256, code_entries=300, control_entries=40))

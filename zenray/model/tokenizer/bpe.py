@@ -42,29 +42,26 @@ def spell(text: str) -> str:
     return "".join(_LETTERS[byte] for byte in text.encode())
 
 
+def match_exactly(*, special: bool) -> dict[str, bool]:
+    """The switches of an added token that is found as it is written, anywhere; `special`: decoding may drop it."""
+    return {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+
+
 @dataclass
 class ByteLevelBPE:
     """Entries with their ids, merges by rank, and the other parts of a tokenizer.json, which are kept as they are."""
 
     ids: dict[str, int]
     merges: list[Merge]
-    added: dict[str, bool] = field(default_factory=dict)  # token → dropped by skip_special_tokens
+    added: dict[str, dict[str, bool]] = field(default_factory=dict)  # token → how it is matched, and `special`
     parts: dict[str, Any] = field(default_factory=dict)  # normalizer, pre_tokenizer, post_processor, decoder
     model: dict[str, Any] = field(default_factory=dict)  # the model's switches
 
     def document(self) -> dict[str, Any]:
         """The tokenizer.json. Added tokens stand in order of their ids."""
         added = [
-            {
-                "id": self.ids[token],
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": special,
-            }
-            for token, special in sorted(self.added.items(), key=lambda item: self.ids[item[0]])
+            {"id": self.ids[token], "content": token, **switches}
+            for token, switches in sorted(self.added.items(), key=lambda item: self.ids[item[0]])
         ]
         vocabulary = dict(sorted(self.ids.items(), key=lambda item: item[1]))
         model = {**self.model, "type": "BPE", "vocab": vocabulary, "merges": [list(merge) for merge in self.merges]}
@@ -118,7 +115,10 @@ def read_document(document: Mapping[str, Any]) -> ByteLevelBPE:
     return ByteLevelBPE(
         ids=ids,
         merges=merges,
-        added={token["content"]: token["special"] for token in document.get("added_tokens", [])},
+        added={
+            token["content"]: {name: value for name, value in token.items() if name not in ("id", "content")}
+            for token in document.get("added_tokens", [])
+        },
         parts={name: document.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")},
         model={name: value for name, value in model.items() if name not in ("vocab", "merges", "type")},
     )

@@ -18,6 +18,7 @@ from zenray.model.tokenizer.bpe import (
     force_words,
     from_bytes,
     learn_merges,
+    match_exactly,
     read_document,
     spell,
 )
@@ -96,7 +97,7 @@ def extend(
     kept = ByteLevelBPE(
         ids={token: token_id for token, token_id in base.ids.items() if not is_reserved(token)},
         merges=list(base.merges),
-        added={token: special for token, special in base.added.items() if not is_reserved(token)},
+        added={token: switches for token, switches in base.added.items() if not is_reserved(token)},
         parts=base.parts,
         model=base.model,
     )
@@ -159,7 +160,7 @@ def _grow(bpe: ByteLevelBPE, texts: Iterable[str], layout: Layout, min_count: in
     force_words(bpe, code_patterns()[: layout.code_entries], free_ids, wanted)
     for token, special in CONTROL_TOKENS.items():
         bpe.ids.setdefault(token, wanted[token])
-        bpe.added.setdefault(token, special)
+        bpe.added.setdefault(token, match_exactly(special=special))
     learned = {token for token in bpe.ids if token not in before and token not in wanted}
     in_code = sum(layout.code_start <= token_id < layout.control_start for token_id in bpe.ids.values())
     in_control = sum(token_id >= layout.control_start for token_id in bpe.ids.values())
