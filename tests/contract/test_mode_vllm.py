@@ -115,3 +115,14 @@ def test_vllm_answers_as_our_own_network_does(tmp_path: Path) -> None:
                 check_answer(model, prompt, answer)
             except AssertionError as error:
                 raise AssertionError(f"{case}, prompt of {len(prompt)} tokens: {error}") from error
+
+
+def test_what_vllm_cannot_serve_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    """In the process that asks for the engine, where the reason reaches the person who deploys."""
+    groups = (ExpertGroup("general", 3, 64), ExpertGroup("deep", 1, 128, kind="deep"))
+    make_checkpoint(replace(PLAIN, expert_groups=groups), tmp_path)
+    program = "import sys; from vllm.engine.arg_utils import EngineArgs\nEngineArgs(sys.argv[1]).create_model_config()"
+    ran = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert ran.returncode != 0
+    assert "InvalidValue: vLLM cannot serve this model: 1 of its 4 experts are not feed-forward" in ran.stderr
+    assert "'deep' (1 deep)" in ran.stderr
