@@ -64,7 +64,7 @@ def run(job: TrainingJob, storage: StorageSettings, work_dir: Path, *, progress:
         stopped = (result.metrics or {}).get("stopped")
         if stopped:
             raise ZenrayError(f"Run {name} stopped: {stopped}.", hint="Its history is in its last checkpoint.")
-        return _publish(job, name, store, base, Path(folder), history, work_dir, progress)
+        return publish_result(job, name, store, base, Path(folder), history, work_dir, progress)
 
 
 def _fit(job: TrainingJob, name: str, storage: StorageSettings, work_dir: Path) -> Result:
@@ -118,7 +118,7 @@ def checkpoint_place(storage: StorageSettings) -> tuple[pyarrow.fs.FileSystem, s
     )
 
 
-def _publish(
+def publish_result(
     job: TrainingJob,
     name: str,
     store: ObjectStore,

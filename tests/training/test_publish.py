@@ -1,0 +1,85 @@
+"""From a run's last checkpoint to a version in the store: whole, loadable, and with its story."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.training.tiny import CONFIG, FolderRecorder, job, write_text, write_version
+from zenray.model.config import RouterConfig
+from zenray.model.hf import register
+from zenray.model.weights import TensorFolder
+from zenray.spec.errors import Conflict, InvalidValue
+from zenray.spec.platform import StorageSettings
+from zenray.spec.versions import VersionRef
+from zenray.storage.cache import fetch
+from zenray.storage.local import LocalStore
+from zenray.storage.versions import list_versions, publish
+from zenray.training.lineage import pin, run_name
+from zenray.training.loop import read_history, train
+from zenray.training.mesh import Mesh
+from zenray.training.networks import Checkpoint
+from zenray.training.runner import publish_result, run
+from zenray.training.worker import assemble
+
+PLAIN = replace(CONFIG, router=RouterConfig(experts_per_token=2))  # which Mixtral can say
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    store = LocalStore(tmp_path / "store")
+    folder = write_version(tmp_path / "v0", PLAIN, dtype=torch.bfloat16)
+    publish(store, VersionRef(model="tiny", version="v0"), folder)
+    return store
+
+
+def trained(store: LocalStore, folder: Path, **changes):
+    """A job run to its end without Ray, and what it takes to publish it."""
+    wanted = pin(job(write_text(folder / "text"), **changes), store)
+    trainer, data = assemble(wanted, store, folder / "work", Mesh())
+    train(trainer, data, FolderRecorder(folder / "checkpoints"))
+    checkpoint = folder / "checkpoints" / "step-00000006"
+    base = Checkpoint.open(fetch(store, VersionRef(model="tiny", version="v0"), folder / "work" / "versions"))
+    return trainer, (wanted, run_name(wanted), store, base, checkpoint, read_history(checkpoint), folder / "work", None)
+
+
+def test_the_version_is_the_trained_network_in_the_bases_layout(store, tmp_path) -> None:
+    trainer, about = trained(store, tmp_path, stock_format="replicate")
+    manifest = publish_result(*about)
+    assert {str(one.ref) for one in list_versions(store, "tiny")} >= {"tiny@v1/safetensors", "tiny@v1/mixtral"}
+    assert manifest.metadata["run"] == about[1] and json.loads(manifest.metadata["job"])["base"]["version"] == "v0"
+    validation = json.loads(manifest.metadata["validation"])
+    assert validation["count"]["after"]["loss"] < validation["count"]["before"]["loss"]
+    tensors = TensorFolder(fetch(store, manifest.ref, tmp_path / "cache"))
+    assert tensors.names == TensorFolder(tmp_path / "v0").names
+    for one in trainer.trainables:
+        assert torch.equal(tensors.read(one.name), one.master.to(torch.bfloat16))
+    register()
+    ids = torch.arange(20)[None]
+    logits = [
+        AutoModelForCausalLM.from_pretrained(
+            fetch(store, VersionRef(model="tiny", version="v1", format=format), tmp_path / "cache"), dtype=torch.float32
+        )(ids).logits
+        for format in ("safetensors", "mixtral")
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_again_is_a_no_op_and_another_job_a_conflict(store, tmp_path) -> None:
+    _, about = trained(store, tmp_path)
+    manifest = publish_result(*about)
+    settings = StorageSettings(uri=store.uri)
+    assert run(about[0], settings, tmp_path / "work") == manifest
+    with pytest.raises(Conflict, match="not made by this job"):
+        run(job(write_text(tmp_path / "text"), seed=1), settings, tmp_path / "work")
+
+
+def test_a_format_that_cannot_be_is_refused_before_the_training(store, tmp_path) -> None:
+    wanted = job(write_text(tmp_path / "text"), stock_format="exact")
+    with pytest.raises(InvalidValue, match="1 dense layers"):
+        run(wanted, StorageSettings(uri=store.uri), tmp_path / "work")
