@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,52 +90,3 @@ def test_two_workers_make_what_one_process_makes(platform: Platform, tmp_path: P
     assert manifest.parents.base_version == "tiny@v0/safetensors" and manifest.parents.training_job == "tiny"
     assert json.loads(manifest.metadata["validation"])["count"].keys() == {"before", "after", "teacher"}
     assert {entry.path for entry in manifest.files} >= {"config.json", "tokenizer.json", "history.jsonl"}
-
-
-@pytest.mark.nightly
-def test_a_killed_worker_and_a_killed_driver_change_nothing(platform: Platform, tmp_path: Path) -> None:
-    """Both restarts go on from the last checkpoint, and the weights are those of a run that nobody touched."""
-    changes = {**TWO_WORKERS, "steps": 400, "checkpoints": {"every_steps": 20}, "evaluation": {"sequences": 0}}
-    first = platform.start(**changes)
-    events = _wait_for_checkpoint(platform, first, 40)
-    worker = next(pid for pid in _processes_of(first.pid) if "RayTrainWorker" in _name_of(pid))
-    os.kill(worker, signal.SIGKILL)
-    _wait_for(lambda: '"resumed"' in events.read_text(), first, 60)
-    _wait_for_checkpoint(platform, first, 120)
-    for pid in _processes_of(first.pid):
-        os.kill(pid, signal.SIGKILL)
-    first.wait()
-    second = platform.start(**changes)
-    output, _ = second.communicate(timeout=200)
-    assert second.returncode == 0, output
-    assert events.read_text().count('"resumed"') == 2
-    for name, weight in platform.alone(tmp_path / "alone", **{**changes, "steps": 400}).items():
-        torch.testing.assert_close(platform.weights()[name], weight, rtol=0, atol=5e-3)
-
-
-def _wait_for_checkpoint(platform: Platform, running: subprocess.Popen[str], step: int) -> Path:
-    def there() -> bool:
-        return bool(list((platform.folder / "store" / "training").glob(f"*/step-{step:08}/.metadata")))
-
-    _wait_for(there, running, 90)
-    return next((platform.work_dir / "runs").glob("*/events.jsonl"))
-
-
-def _wait_for(condition, running: subprocess.Popen[str], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert running.poll() is None, running.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _processes_of(session: int) -> list[int]:
-    """Ray's processes are in sessions of their own; all of them descend from the driver's."""
-    import psutil
-
-    parent = psutil.Process(session)
-    return [child.pid for child in parent.children(recursive=True)] + [session]
-
-
-def _name_of(pid: int) -> str:
-    return " ".join(Path(f"/proc/{pid}/cmdline").read_text().split("\0"))
