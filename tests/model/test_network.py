@@ -46,7 +46,8 @@ def test_later_tokens_change_nothing_before_them(config, cut):
     changed[:, cut:] = (changed[:, cut:] + 1) % config.vocab_size
     with torch.no_grad():
         before, after = model(ids).logits, model(changed).logits
-    torch.testing.assert_close(before[:, :cut], after[:, :cut], rtol=0, atol=1e-6)
+    # 1e-6 of a logit, and 1e-6 for rounding: an expert's rows are multiplied in other groups when others change.
+    torch.testing.assert_close(before[:, :cut], after[:, :cut], rtol=1e-6, atol=2e-6)
     assert not torch.equal(before[:, cut:], after[:, cut:])
 
 

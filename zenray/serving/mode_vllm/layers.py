@@ -1,5 +1,6 @@
-"""The parts of a MoDE layer, made of vLLM's own: each is sharded over tensor-parallel ranks, experts also over
-expert-parallel ones. Parameter names are those of zenray.model, but for projections that vLLM fuses.
+"""The parts of a MoDE layer, made of vLLM's own, sharded over tensor-parallel and expert-parallel ranks.
+
+Parameter names are those of zenray.model, but for projections that vLLM fuses.
 
 T tokens, D hidden, E experts, W expert slots per token.
 """
