@@ -16,7 +16,7 @@ def test_an_upcycled_model_is_published_deployed_and_answers(platform: TestPlatf
     platform.zenray("run", str(JOB))
     spec = platform.home.root / "mode.yaml"
     spec.write_text(
-        "model: smollm2-mode\nformat: mixtral\n"
+        "model: smollm2-mode\n"  # its own format, through our vLLM model
         "engine: {dtype: float32, max_model_len: 512, max_num_seqs: 4, kv_cache_bytes: 134217728}\n"
     )
     platform.zenray("deploy", str(spec), timeout_s=600)

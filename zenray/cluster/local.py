@@ -53,7 +53,7 @@ class LocalCluster:
         except (httpx.HTTPError, OSError) as error:
             raise ClusterUnavailable(
                 f"Ray's dashboard at {self._client.base_url} cannot be reached: {error or type(error).__name__}.",
-                hint="See whether Ray runs: `zenray status`.",
+                hint="The supervisor starts a dead Ray again; its log lies in the folder of the platform.",
                 retry_after_s=1,
             ) from None
         if answer.status_code == 200:
