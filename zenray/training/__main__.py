@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -11,7 +14,14 @@ from zenray.spec.jobs import load_job
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import DistillJob, PretrainJob
 from zenray.storage.progress import transfer_bar
-from zenray.training.runner import run
+
+# Read by Ray when it is imported. It listens on loopback alone only where it takes clusters to be unsupported, and asks
+# for a token only where there is one (see zenray/cluster/head.py); a run on one machine needs nobody from outside.
+RAY_ON_THIS_MACHINE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--endpoint-url", help="for S3 servers other than Amazon's")
     parser.add_argument("--work-dir", type=Path, required=True, help="for downloads, tokens and events")
     options = parser.parse_args(arguments)
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ |= RAY_ON_THIS_MACHINE | {"RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
+    for chatty in ("torchao", "torch.utils._pytree"):  # said at import wherever their GPU kernels cannot be loaded
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    from zenray.training.runner import run  # imports Ray and torch
+
     try:
         job = load_job(options.spec)
         if not isinstance(job, PretrainJob | DistillJob):

@@ -69,7 +69,8 @@ def run(job: TrainingJob, storage: StorageSettings, work_dir: Path, *, progress:
 
 def _fit(job: TrainingJob, name: str, storage: StorageSettings, work_dir: Path) -> Result:
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=True)
+        # With the dashboard: Ray Train asks it whether a run's driver lives, and clears up after one that does not.
+        ray.init(include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=True)
     filesystem, path = checkpoint_place(storage)
     about: dict[str, Any] = {
         "job": job.model_dump(mode="json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,7 +116,8 @@ class Teller:
             return
         self._file.write(json.dumps(event) + "\n")
         self._file.flush()
-        print(in_words(event), flush=True)
+        sys.stdout.write(in_words(event) + "\n")  # not print: Ray Train shows what is printed twice
+        sys.stdout.flush()
 
 
 def in_words(event: Event) -> str:
