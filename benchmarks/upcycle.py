@@ -1,6 +1,6 @@
 """Upcycling a checkpoint of SmolLM2-135M's shape to 8 experts in every layer: peak memory, and time against the disk's.
 
-    python -m benchmarks.upcycle [--layers N]
+    python -m benchmarks.upcycle [--quick] [--layers N]
 
 Memory is the extra peak of a process of its own, above what it held before it began; the bound is the output and one
 layer, and the ratio is measured by bound, below 1 where we need less. Time is compared with writing as many bytes of
@@ -33,7 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--run", nargs=2, metavar=("SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="8 layers")
     options = parser.parse_args()
+    if options.quick:
+        options.layers = 8
     torch.set_num_threads(1)
     if options.run:
         print(json.dumps(run(Path(options.run[0]), Path(options.run[1]), options.layers)))
