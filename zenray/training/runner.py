@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from zenray.model.hf.export import choose_target, export
+from zenray.model.hf.export import STOCK_FORMATS, choose_target, export
 from zenray.model.weights import TensorPlan
 from zenray.spec.errors import Conflict, InvalidDocument, ZenrayError
 from zenray.spec.platform import StorageSettings
@@ -31,8 +31,6 @@ from zenray.training.lineage import pin, pinned, run_name
 from zenray.training.loop import HISTORY_NAME, Event, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.worker import train_worker
-
-STOCK_FORMATS = {"qwen3_moe": "qwen3-moe", "mixtral": "mixtral"}
 
 
 def run(job: TrainingJob, storage: StorageSettings, work_dir: Path, *, progress: Progress | None = None) -> Manifest:

@@ -28,6 +28,7 @@ from zenray.spec.errors import InvalidValue
 from zenray.storage.base import Progress
 
 Target = Literal["qwen3_moe", "mixtral"]
+STOCK_FORMATS: dict[Target, str] = {"qwen3_moe": "qwen3-moe", "mixtral": "mixtral"}  # as formats of a version
 
 
 def choose_target(config: MoDEConfig, *, replicate_dense: bool = False) -> Target:

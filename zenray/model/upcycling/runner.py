@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from zenray.model.config import MoDEConfig
-from zenray.model.hf.export import choose_target, export
+from zenray.model.hf.export import STOCK_FORMATS, choose_target, export
 from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe, select_layers
 from zenray.model.upcycling.source import DenseSource
 from zenray.model.upcycling.upcycle import upcycle
@@ -18,8 +18,6 @@ from zenray.spec.versions import Manifest, Parents, VersionRef
 from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.cache import fetch
 from zenray.storage.versions import newest, publish
-
-_STOCK_FORMAT = {"qwen3_moe": "qwen3-moe", "mixtral": "mixtral"}
 
 
 def run(job: UpcycleJob, store: ObjectStore, work_dir: Path, *, progress: Progress | None = None) -> list[Manifest]:
@@ -52,7 +50,7 @@ def run(job: UpcycleJob, store: ObjectStore, work_dir: Path, *, progress: Progre
         if wants_stock:
             stock = Path(scratch, "stock")
             target = export(made, stock, replicate_dense=job.stock_format == "replicate", progress=progress)
-            stock_ref = ref.model_copy(update={"format": _STOCK_FORMAT[target]})
+            stock_ref = ref.model_copy(update={"format": STOCK_FORMATS[target]})
             metadata = {**metadata, "exported_from": str(ref)}
             published.append(publish(store, stock_ref, stock, parents=parents, metadata=metadata, progress=progress))
     return published
