@@ -26,11 +26,13 @@ class Harness:
             self.pause(0.2)
         return status
 
-    def application(self, name: str, holds: Callable[[ApplicationStatus], bool]) -> ApplicationStatus:
+    def application(
+        self, name: str, holds: Callable[[ApplicationStatus], bool], *, within_s: float = 40
+    ) -> ApplicationStatus:
         def there(status: ServeStatus) -> bool:
             return name in status.applications and holds(status.applications[name])
 
-        return self.until(there).applications[name]
+        return self.until(there, within_s=within_s).applications[name]
 
 
 class ClusterBackendContract:
