@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.control.cases.ledger import balance, credit, in_parallel
 from tests.control.events import OUTPUT_TOKEN_NANO_USD, event
 from zenray.control.auth.service import create_org
-from zenray.control.billing.service import check_ledger
+from zenray.control.billing.audit import check_ledger
 from zenray.control.db.engine import Database
 from zenray.control.edge.grants import SMALLEST_SPLIT_NANO_USD
 from zenray.control.edge.intake import take_usage

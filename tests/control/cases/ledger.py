@@ -11,17 +11,18 @@ from sqlalchemy import func, select
 
 from tests.control.events import OUTPUT_TOKEN_NANO_USD, PRICE, event
 from zenray.control.auth.service import create_org
+from zenray.control.billing.audit import LedgerAudit, check_ledger
 from zenray.control.billing.report import usage_report
 from zenray.control.billing.service import (
     MAX_CREDIT_NANO_USD,
     add_credit,
     balance_nano_usd,
-    check_ledger,
     record_usage,
 )
 from zenray.control.billing.tables import Account, LedgerEntry, UsageRecord
 from zenray.control.db.engine import Database
 from zenray.control.edge.intake import take_usage
+from zenray.spec.clock import FakeClock
 from zenray.spec.edge import UsageBatch
 from zenray.spec.errors import Conflict, InvalidValue
 from zenray.spec.usage import UsageEvent
@@ -176,6 +177,31 @@ def test_a_balance_that_is_not_the_sum_of_its_entries_is_found(database: Databas
     with database.read() as session:
         (difference,) = check_ledger(session)
     assert (difference.org, difference.entries_nano_usd, difference.account_nano_usd) == ("acme", 100, 99)
+
+
+class SlowClock(FakeClock):
+    """Every look at it takes a second."""
+
+    def monotonic(self) -> float:
+        self.advance(1.0)
+        return super().monotonic()
+
+
+def test_the_audit_takes_at_most_a_hundredth_of_the_time(database: Database) -> None:
+    credit(database, 100, "k")
+    clock = SlowClock()
+    audit = LedgerAudit(clock)
+
+    def differences() -> int:
+        with database.read() as session:
+            return len(audit.newest(session).differences)
+
+    assert differences() == 0
+    with database.write() as session:
+        session.get_one(Account, "acme").balance_nano_usd = 99
+    assert differences() == 0, "a check that took a second was repeated at once"
+    clock.advance(100)
+    assert differences() == 1
 
 
 def test_reports_add_up_by_day_model_and_key(database: Database) -> None:

@@ -94,6 +94,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             "control": running.control_url,
             "Ray dashboard": running.dashboard_url,
             "state": home.root,
+            "ledger": "every balance is the sum of its entries" if control["ledger"]["ok"] else "DIFFERS, see below",
         }
     )
     show_table(
@@ -109,6 +110,8 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         ],
         title="\nDeployments",
     )
+    for difference in control["ledger"]["differences"]:
+        console.print(f"[bold red]ledger:[/bold red] {difference}")
 
 
 def _supervise(platform: Platform, home: Home) -> None:

@@ -11,7 +11,7 @@ from zenray import __version__
 from zenray.control.api.context import ControlContext
 from zenray.control.api.deployments import deployment_row
 from zenray.control.api.schemas import GatewayRow, LedgerCheck, LostGateway, Status
-from zenray.control.billing.service import check_ledger
+from zenray.control.billing.audit import Finding, LedgerAudit
 from zenray.control.db.published import current_version
 from zenray.control.deployments.repository import load_all
 from zenray.control.edge.leases import declare_lost, list_gateways
@@ -22,6 +22,7 @@ from zenray.spec.money import format_usd
 def operations_router(control: ControlContext, registry: CollectorRegistry) -> APIRouter:
     router = APIRouter(tags=["operations"])
     database, clock = control.database, control.clock
+    audit = LedgerAudit(clock)
 
     @router.get("/admin/status", dependencies=[Depends(control.admin_door.dependency())])
     def status() -> Status:
@@ -36,7 +37,7 @@ def operations_router(control: ControlContext, registry: CollectorRegistry) -> A
                 reconciled_s_ago=None if rounds is None else max(0.0, now - rounds),
                 deployments=[deployment_row(loaded) for loaded in load_all(session)],
                 gateways=_gateways(session, now),
-                ledger=_ledger(session),
+                ledger=_ledger(audit.newest(session), now),
             )
 
     @router.post("/admin/gateways/{gateway_id}/lost", dependencies=[Depends(control.admin_door.dependency())])
@@ -82,9 +83,9 @@ def _gateways(session: Session, now: float) -> list[GatewayRow]:
     ]
 
 
-def _ledger(session: Session) -> LedgerCheck:
+def _ledger(finding: Finding, now: float) -> LedgerCheck:
     differences = [
         f"{d.org}: entries come to {format_usd(d.entries_nano_usd)}, the account says {format_usd(d.account_nano_usd)}"
-        for d in check_ledger(session)
+        for d in finding.differences
     ]
-    return LedgerCheck(ok=not differences, differences=differences)
+    return LedgerCheck(ok=not differences, checked_s_ago=max(0.0, now - finding.checked_at), differences=differences)

@@ -150,7 +150,10 @@ class LostGateway(BaseModel):
 
 
 class LedgerCheck(BaseModel):
+    """Whether every balance is the sum of its entries."""
+
     ok: bool
+    checked_s_ago: float
     differences: list[str]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from zenray.control.billing.repository import insert_entries, insert_usage, lock_accounts
@@ -104,27 +104,6 @@ def balances(session: Session) -> dict[str, int]:
     """Nano-USD by organisation, for those that ever had any."""
     rows = session.execute(select(Account.org, Account.balance_nano_usd))
     return {row.org: row.balance_nano_usd for row in rows}
-
-
-@dataclass(frozen=True)
-class LedgerDifference:
-    org: str
-    entries_nano_usd: int
-    account_nano_usd: int
-
-
-def check_ledger(session: Session) -> list[LedgerDifference]:
-    """Every account whose balance is not the sum of its entries. Empty when all is well."""
-    total = func.sum(LedgerEntry.amount_nano_usd)
-    entries = {
-        org: int(amount) for org, amount in session.execute(select(LedgerEntry.org, total).group_by(LedgerEntry.org))
-    }
-    accounts = balances(session)
-    return [
-        LedgerDifference(org, entries.get(org, 0), accounts.get(org, 0))
-        for org in sorted(entries.keys() | accounts.keys())
-        if entries.get(org, 0) != accounts.get(org, 0)
-    ]
 
 
 def _usage_row(event: UsageEvent) -> dict[str, Any]:
