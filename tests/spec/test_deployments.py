@@ -33,6 +33,15 @@ def test_a_revision_names_exactly_one_spec() -> None:
     assert len({each.revision() for each in (spec, *others)}) == 6
 
 
+def test_a_revision_is_named_by_what_was_asked_and_not_by_defaults() -> None:
+    """A new optional field must not roll out every deployment there is: this name is kept for good."""
+    spelled_out = DeploymentSpec(model="m", version="1", engine=EngineSettings(max_num_seqs=64, max_model_len=None))
+    assert spelled_out.revision() == DeploymentSpec(model="m", version="1").revision() == "m--1--239723cf"
+    assert DeploymentSpec(model="m", version="1", autoscaling=Autoscaling(target_kv_cache_use=0.8)).revision() != (
+        spelled_out.revision()
+    )
+
+
 @given(st.integers(0, 5), st.integers(1, 5))
 def test_replicas_are_ordered(min_replicas: int, max_replicas: int) -> None:
     if min_replicas > max_replicas:
@@ -52,6 +61,9 @@ def test_replicas_are_ordered(min_replicas: int, max_replicas: int) -> None:
         {"engine": {"max_model_len": 1}},
         {"autoscaling": {"max_replicas": 0}},
         {"autoscaling": {"target_ongoing_requests": 0}},
+        {"autoscaling": {"target_kv_cache_use": 1.1}},
+        {"autoscaling": {"target_ttft_p99_s": 0}},
+        {"autoscaling": {"target_waiting_requests": -1}},
         {"replicas": 1},
     ],
 )

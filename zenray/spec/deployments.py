@@ -18,8 +18,19 @@ class Autoscaling(Document):
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(16, gt=0, description="Requests in flight that one replica should have.")
-    upscale_delay_s: float = Field(10, ge=0)
-    downscale_delay_s: float = Field(120, ge=0)
+    target_waiting_requests: float | None = Field(
+        None, ge=0, description="Requests that may wait in one replica's engine for a place. None: any number."
+    )
+    target_kv_cache_use: float | None = Field(
+        None, gt=0, le=1, description="Share of its KV cache that one replica should use. None: not looked at."
+    )
+    target_ttft_p99_s: float | None = Field(
+        None, gt=0, description="99 of 100 first tokens should come within so long. None: not looked at."
+    )
+    upscale_delay_s: float = Field(10, ge=0, description="More replicas must be needed for so long before one starts.")
+    downscale_delay_s: float = Field(
+        120, ge=0, description="As many replicas stay as were needed at any moment of the last so many seconds."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Autoscaling:
@@ -75,8 +86,11 @@ class DeploymentSpec(Document):
         return VersionRef(model=self.model, version=self.version, format=self.format)
 
     def revision(self) -> str:
-        """The name of the immutable Serve application that runs exactly this spec."""
-        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+        """The name of the immutable Serve application that runs exactly this spec.
+
+        Defaults are left out of the digest: a field that a later zenray adds does not start every model anew.
+        """
+        digest = hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:8]
         return f"{self.model}--{self.version}--{digest}"
 
 
