@@ -57,6 +57,15 @@ def parse_document(text: str, schema: type[D], *, where: str) -> D:
         data = {}
     if not isinstance(data, dict):
         raise InvalidDocument(f"{where}: expected keys and values, got {type(data).__name__}.")
+    return _validated(data, node, schema, where)
+
+
+def read_document(data: Any, schema: type[D], *, where: str) -> D:
+    """As `parse_document`, for what is already parsed (a request's body): errors name keys, not lines."""
+    return _validated(data, None, schema, where)
+
+
+def _validated(data: Any, node: yaml.Node | None, schema: type[D], where: str) -> D:
     try:
         return schema.model_validate(data)
     except ValidationError as error:
@@ -89,7 +98,8 @@ def _line_of(node: yaml.Node | None, path: tuple[Any, ...]) -> int | None:
                     line, node = key.start_mark.line + 1, value
                     break
             else:
-                return line
+                if not any(key.value == "kind" and value.value == part for key, value in node.value):
+                    return line  # else the part is only pydantic's name for one of several schemas
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line + 1
@@ -99,27 +109,30 @@ def _line_of(node: yaml.Node | None, path: tuple[Any, ...]) -> int | None:
 
 
 def _keys_at(schema: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """The keys that `schema` allows at `path`; what cannot be followed (a union) gives the keys reached so far."""
-    current: Any = schema
+    """The keys that `schema` allows at `path`; what cannot be followed gives the keys reached so far."""
+    reached: list[type[BaseModel]] = [schema]  # several: a union, until the path says which by its `kind`
     for part in path:
         if isinstance(part, int):
             continue
-        field = current.model_fields.get(part)
-        inner = _first_model(field.annotation) if field else None
-        if inner is None:
+        field = reached[0].model_fields.get(part)
+        inner = _models_in(field.annotation) if field else [one for one in reached if _kind_of(one) == part]
+        if not inner:
             break
-        current = inner
-    return list(current.model_fields)
+        reached = inner
+    return list(reached[0].model_fields)
 
 
-def _first_model(annotation: Any) -> type[BaseModel] | None:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _first_model(argument)
-        if found:
-            return found
-    return None
+        return [annotation]
+    return [found for argument in getattr(annotation, "__args__", ()) for found in _models_in(argument)]
+
+
+def _kind_of(schema: type[BaseModel]) -> str | None:
+    """The one value that the key `kind` may have."""
+    field = schema.model_fields.get("kind")
+    values: tuple[Any, ...] = getattr(field.annotation, "__args__", ()) if field else ()
+    return str(values[0]) if len(values) == 1 else None
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, where: str, visited: set[int]) -> None:
