@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tests.cluster.scripted_apps import Publisher
 from zenray.cluster.base import ClusterBackend
+from zenray.spec.job_life import ClusterJob, ClusterJobState, JobLaunch
 from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
 
 
@@ -18,6 +19,7 @@ class Harness:
     cluster: ClusterBackend
     publisher: Publisher
     pause: Callable[[float], None]
+    end_jobs: Callable[[], None] = lambda: None  # where a job's process does not end by itself: it does now
 
     def until(self, holds: Callable[[ServeStatus], bool], *, within_s: float = 40) -> ServeStatus:
         deadline = time.monotonic() + within_s
@@ -34,8 +36,43 @@ class Harness:
 
         return self.until(there, within_s=within_s).applications[name]
 
+    def job(self, id: str, *states: ClusterJobState, within_s: float = 60) -> ClusterJob:
+        deadline = time.monotonic() + within_s
+        while (job := self.cluster.jobs()[id]).state not in states:
+            assert time.monotonic() < deadline, f"not within {within_s} s; last: {job}"
+            self.pause(0.2)
+        return job
+
+
+GOOD = JobLaunch(id="contract-good-1", module="this", environment={"ZENRAY_CONTRACT": "1"})
+BROKEN = JobLaunch(id="contract-broken-1", module="zenray.no_such_module")
+LONG = JobLaunch(id="contract-long-1", module="timeit", arguments=("-n1", "-r1", "__import__('time').sleep(600)"))
+
 
 class ClusterBackendContract:
+    def test_jobs_run_fail_and_are_cancelled(self, harness: Harness) -> None:
+        cluster = harness.cluster
+        assert GOOD.id not in cluster.jobs()
+        assert cluster.job_logs("contract-unknown") == ""
+        cluster.cancel("contract-unknown")
+        for launch in (GOOD, BROKEN, LONG):
+            cluster.submit(launch)
+            assert cluster.jobs()[launch.id].state in (ClusterJobState.PENDING, ClusterJobState.RUNNING)
+        harness.job(LONG.id, ClusterJobState.RUNNING)
+        harness.end_jobs()
+        assert harness.job(GOOD.id, ClusterJobState.SUCCEEDED, ClusterJobState.FAILED).state == "SUCCEEDED"
+        failed = harness.job(BROKEN.id, ClusterJobState.SUCCEEDED, ClusterJobState.FAILED)
+        assert failed.state == "FAILED" and "no_such_module" in failed.message
+        assert "beautiful" in cluster.job_logs(GOOD.id).lower()
+        cluster.submit(GOOD)
+        assert cluster.jobs()[GOOD.id].state == "SUCCEEDED", "submitting again what is over must not start it again"
+
+        cluster.cancel(LONG.id)
+        harness.job(LONG.id, ClusterJobState.STOPPED)
+        cluster.cancel(LONG.id)
+        cluster.cancel(GOOD.id)
+        assert cluster.jobs()[GOOD.id].state == "SUCCEEDED"
+
     def test_applications_come_fail_and_go(self, harness: Harness) -> None:
         cluster = harness.cluster
         cluster.apply([])

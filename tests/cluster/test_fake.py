@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.backend_contract import ClusterBackendContract, Harness
+from tests.cluster.backend_contract import BROKEN, GOOD, ClusterBackendContract, Harness
 from tests.cluster.scripted_apps import Publisher
 from zenray.cluster.fake import FakeCluster
 from zenray.spec.clock import FakeClock
@@ -18,7 +18,13 @@ class TestFakeKeepsTheContract(ClusterBackendContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Harness:
         clock = FakeClock()
-        return Harness(FakeCluster(clock), Publisher(tmp_path), pause=clock.advance)
+        cluster = FakeCluster(clock)
+
+        def end_jobs() -> None:
+            cluster.end_job(GOOD.id, logs="Beautiful is better than ugly.")
+            cluster.end_job(BROKEN.id, failure="No module named 'zenray.no_such_module'")
+
+        return Harness(cluster, Publisher(tmp_path), pause=clock.advance, end_jobs=end_jobs)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 
 from zenray.cluster.local import LocalCluster, condense, read_status
 from zenray.spec.errors import ClusterUnavailable
+from zenray.spec.job_life import JobLaunch
 from zenray.spec.serving import ApplicationState, ServeApplication
 
 EMPTY: dict[str, Any] = {"controller_info": {}, "proxies": {}, "applications": {}, "target_capacity": None}
@@ -124,3 +125,41 @@ def test_a_cluster_that_is_away_is_unavailable() -> None:
 
     with pytest.raises(ClusterUnavailable, match="connection refused"):
         cluster_answering(handler).serve_status()
+
+
+def test_a_job_is_submitted_with_its_id_and_quoted() -> None:
+    seen: list[Any] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(orjson.loads(request.content))
+        return httpx.Response(200, json={"submission_id": "a-1"})
+
+    launch = JobLaunch(id="a-1", arguments=("--store", "file:/a folder"), environment={"A": "1"})
+    cluster_answering(handler).submit(launch)
+    (document,) = seen
+    assert document["submission_id"] == "a-1" and document["runtime_env"] == {"env_vars": {"A": "1"}}
+    assert document["entrypoint"].endswith("-m zenray.training --store 'file:/a folder'")
+
+
+def test_an_id_that_ray_has_is_left_alone_and_any_other_refusal_is_said() -> None:
+    known = "ValueError: Job with submission_id a-1 already exists. Please use a different submission_id."
+    cluster_answering(lambda _: httpx.Response(500, text=known)).submit(JobLaunch(id="a-1"))
+    with pytest.raises(ClusterUnavailable, match="No available agent"):
+        cluster_answering(lambda _: httpx.Response(500, text="No available agent")).submit(JobLaunch(id="a-1"))
+
+
+def test_only_submitted_jobs_are_read() -> None:
+    listed = [
+        {"type": "DRIVER", "submission_id": None, "status": "RUNNING"},
+        {
+            "type": "SUBMISSION",
+            "submission_id": "a-1",
+            "status": "FAILED",
+            "message": "exit code 1\n\x1b[31mboom\x1b[0m",
+        },
+    ]
+    (job,) = cluster_answering(lambda _: httpx.Response(200, json=listed)).jobs().values()
+    assert (job.id, job.state, job.message) == ("a-1", "FAILED", "exit code 1\nboom")
+    unknown = cluster_answering(lambda _: httpx.Response(404, text="does not exist"))
+    assert unknown.job_logs("b") == ""
+    unknown.cancel("b")

@@ -1,4 +1,4 @@
-"""A cluster that runs nothing: applications pass through Ray Serve's states by a clock, and can be told to fail."""
+"""A cluster that runs nothing: applications and jobs pass through Ray's states by a clock, and can be told to fail."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from zenray.spec.clock import Clock, SystemClock
 from zenray.spec.errors import ClusterUnavailable
+from zenray.spec.job_life import ClusterJob, ClusterJobState, JobLaunch
 from zenray.spec.serving import (
     SERVE_IMPORT_PATH,
     ApplicationState,
@@ -29,10 +30,21 @@ class _Running:
     ports: list[int] = field(default_factory=list)
 
 
+@dataclass
+class _Job:
+    launch: JobLaunch
+    since: float
+    ended: ClusterJob | None = None
+    cancelled_at: float | None = None
+    logs: str = ""
+
+
 class FakeCluster:
     """The ClusterBackend for tests. Replicas need `start_s` to start; a deleted application is gone after `stop_s`.
 
-    Set `unreachable` to make every call fail; `fail`, `scale` and `forget` do what a real cluster may do by itself.
+    So with jobs: they run `start_s` after they were submitted and end `stop_s` after they were cancelled, else when
+    `end_job` says so. Set `unreachable` to make every call fail; `fail`, `scale` and `forget` do what a real cluster
+    may do by itself.
     """
 
     def __init__(self, clock: Clock | None = None, *, start_s: float = 5.0, stop_s: float = 2.0) -> None:
@@ -44,6 +56,8 @@ class FakeCluster:
         self._failures: dict[str, str] = {}
         self._next_port = 30_000
         self._proxied = False
+        self._jobs: dict[str, _Job] = {}
+        self.launched: list[JobLaunch] = []
 
     def serve_status(self) -> ServeStatus:
         """See ClusterBackend."""
@@ -72,6 +86,45 @@ class FakeCluster:
                 failure = self._failures.get(name) or _fault(wish)
                 self._running[name] = _Running(wish=wish, since=now, replicas=_initial_replicas(wish), failure=failure)
 
+    def submit(self, launch: JobLaunch) -> None:
+        """See ClusterBackend."""
+        self._reach()
+        if launch.id not in self._jobs:
+            self._jobs[launch.id] = _Job(launch, self._clock.monotonic())
+            self.launched.append(launch)
+
+    def jobs(self) -> dict[str, ClusterJob]:
+        """See ClusterBackend."""
+        self._reach()
+        return {id: self._job_status(job, self._clock.monotonic()) for id, job in self._jobs.items()}
+
+    def job_logs(self, id: str) -> str:
+        """See ClusterBackend."""
+        self._reach()
+        return self._jobs[id].logs if id in self._jobs else ""
+
+    def cancel(self, id: str) -> None:
+        """See ClusterBackend."""
+        self._reach()
+        job = self._jobs.get(id)
+        if job is not None and job.ended is None and job.cancelled_at is None:
+            job.cancelled_at = self._clock.monotonic()
+
+    def end_job(self, id: str, *, failure: str | None = None, logs: str = "") -> None:
+        """The job's process ends: well, or with what Ray says of its failure."""
+        state = ClusterJobState.SUCCEEDED if failure is None else ClusterJobState.FAILED
+        self._jobs[id].ended = ClusterJob(id=id, state=state, message=failure or "")
+        self._jobs[id].logs = logs
+
+    def _job_status(self, job: _Job, now: float) -> ClusterJob:
+        id = job.launch.id
+        if job.ended is None and job.cancelled_at is not None and now - job.cancelled_at >= self._stop_s:
+            job.ended = ClusterJob(id=id, state=ClusterJobState.STOPPED, message="Job was intentionally stopped.")
+        if job.ended is not None:
+            return job.ended
+        started = now - job.since >= self._start_s
+        return ClusterJob(id=id, state=ClusterJobState.RUNNING if started else ClusterJobState.PENDING)
+
     def fail(self, name: str, message: str) -> None:
         """This application fails to deploy, now and whenever it is applied again."""
         self._failures[name] = message
@@ -85,6 +138,7 @@ class FakeCluster:
     def forget(self) -> None:
         """Ray was restarted: nothing runs."""
         self._running.clear()
+        self._jobs.clear()
         self._proxied = False
 
     def _reach(self) -> None:

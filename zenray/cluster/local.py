@@ -1,17 +1,21 @@
-"""Ray Serve through the REST API of a Ray dashboard: the backend of a cluster on this machine."""
+"""Ray Serve and Ray Jobs through the REST API of a Ray dashboard: the backend of a cluster on this machine."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
 
 from zenray.spec.errors import ClusterUnavailable
+from zenray.spec.job_life import ClusterJob, ClusterJobState, JobLaunch
 from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeApplication, ServeStatus
 
-_PATH = "/api/serve/applications/"
+_APPLICATIONS = "/api/serve/applications/"
+_JOBS = "/api/jobs/"
 _TIMEOUT_S = 30.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _TRACEBACK = "Traceback (most recent call last):"
@@ -35,36 +39,93 @@ class LocalCluster:
 
     def serve_status(self) -> ServeStatus:
         """See ClusterBackend."""
-        return read_status(self._call("GET").json())
+        return read_status(self._call("GET", _APPLICATIONS).json())
 
     def apply(self, applications: Sequence[ServeApplication]) -> None:
         """See ClusterBackend. Nothing wished and nothing there starts nothing."""
-        if not applications and not self._call("GET").json()["controller_info"]:
+        if not applications and not self._call("GET", _APPLICATIONS).json()["controller_info"]:
             return
-        self._call("PUT", json=serve_document(applications, serve_port=self._serve_port))
+        self._call("PUT", _APPLICATIONS, json=serve_document(applications, serve_port=self._serve_port))
+
+    def submit(self, launch: JobLaunch) -> None:
+        """See ClusterBackend. The job runs with this process's Python."""
+        answer = self._ask("POST", _JOBS, json=job_document(launch))
+        # Ray refuses an id that it has, with 400 or 500 by version, and its words in a traceback.
+        if answer.status_code != 200 and f"{launch.id} already exists" not in answer.text:
+            raise _refusal(answer, "POST", _JOBS)
+
+    def jobs(self) -> dict[str, ClusterJob]:
+        """See ClusterBackend. Drivers that nobody submitted are left out."""
+        found = (read_job(details) for details in self._call("GET", _JOBS).json())
+        return {job.id: job for job in found if job is not None}
+
+    def job_logs(self, id: str) -> str:
+        """See ClusterBackend."""
+        path = f"{_JOBS}{id}/logs"
+        answer = self._ask("GET", path)
+        if answer.status_code == 404:
+            return ""
+        if answer.status_code != 200:
+            raise _refusal(answer, "GET", path)
+        return _COLOUR.sub("", answer.json()["logs"] or "")
+
+    def cancel(self, id: str) -> None:
+        """See ClusterBackend."""
+        path = f"{_JOBS}{id}/stop"
+        answer = self._ask("POST", path)
+        if answer.status_code not in (200, 404):
+            raise _refusal(answer, "POST", path)
 
     def close(self) -> None:
         self._client.close()
 
-    def _call(self, method: str, **arguments: Any) -> httpx.Response:
+    def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        answer = self._ask(method, path, **arguments)
+        if answer.status_code != 200:
+            raise _refusal(answer, method, path)
+        return answer
+
+    def _ask(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             headers = {"authorization": f"Bearer {self._token()}"}
-            answer = self._client.request(method, _PATH, headers=headers, **arguments)
+            return self._client.request(method, path, headers=headers, **arguments)
         except (httpx.HTTPError, OSError) as error:
             raise ClusterUnavailable(
                 f"Ray's dashboard at {self._client.base_url} cannot be reached: {error or type(error).__name__}.",
                 hint="The supervisor starts a dead Ray again; its log lies in the folder of the platform.",
                 retry_after_s=1,
             ) from None
-        if answer.status_code == 200:
-            return answer
-        if answer.status_code in (401, 403):
-            raise ClusterUnavailable(
-                f"Ray refused the token ({answer.status_code}).", hint="Another Ray may listen on this port."
-            )
-        raise ClusterUnavailable(
-            f"Ray's dashboard answered {method} {_PATH} with {answer.status_code}: {answer.text[:500]}", retry_after_s=1
+
+
+def _refusal(answer: httpx.Response, method: str, path: str) -> ClusterUnavailable:
+    if answer.status_code in (401, 403):
+        return ClusterUnavailable(
+            f"Ray refused the token ({answer.status_code}).", hint="Another Ray may listen on this port."
         )
+    return ClusterUnavailable(
+        f"Ray's dashboard answered {method} {path} with {answer.status_code}: {condense(answer.text)[:500]}",
+        retry_after_s=1,
+    )
+
+
+def job_document(launch: JobLaunch) -> dict[str, Any]:
+    """The body with which Ray Jobs starts an attempt; Ray runs the entrypoint in a shell."""
+    return {
+        "submission_id": launch.id,
+        "entrypoint": shlex.join([sys.executable, "-m", launch.module, *launch.arguments]),
+        "runtime_env": {"env_vars": launch.environment},
+    }
+
+
+def read_job(details: dict[str, Any]) -> ClusterJob | None:
+    """One entry of Ray's list of jobs; None for a driver that was not submitted."""
+    if details.get("type") != "SUBMISSION":
+        return None
+    return ClusterJob(
+        id=details["submission_id"],
+        state=ClusterJobState(details["status"]),
+        message=condense(details.get("message") or ""),
+    )
 
 
 def serve_document(applications: Sequence[ServeApplication], *, serve_port: int) -> dict[str, Any]:
