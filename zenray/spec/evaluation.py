@@ -13,7 +13,7 @@ from zenray.spec.versions import check_name
 
 
 class ChoiceQuestions(Document):
-    """A .jsonl file of questions with choices: {"question": …, "choices": [… at least two], "answer": its number from 0}.
+    """A .jsonl file, each line {"question": …, "choices": [… at least two], "answer": its number from 0}.
 
     Each choice is scored by the log-likelihood of its tokens after the question, divided by their number
     (length-normalised); the highest score is the model's answer.
@@ -25,7 +25,7 @@ class ChoiceQuestions(Document):
 
 
 class HarnessTasks(Document):
-    """Tasks of EleutherAI's lm-evaluation-harness. Needs the optional package `lm-eval`, and the network for its data."""
+    """Tasks of EleutherAI's lm-evaluation-harness: needs the optional package `lm-eval`, and the network for data."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
     few_shot: int = Field(0, ge=0)

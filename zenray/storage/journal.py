@@ -1,7 +1,7 @@
 """A journal in an object store: appended to by several processes at once, read in order by any other.
 
-Each append is one object `{prefix}{number:08}.jsonl`, put only if no object has that number: whoever loses a number takes
-the next. So all readers see one order, nothing is ever rewritten, and the store is all that writer and reader share.
+Each append is one object `{prefix}{number:08}.jsonl`, put only if no object has that number: whoever loses a number
+takes the next. So all readers see one order, nothing is ever rewritten, and the store is all that the two share.
 """
 
 from __future__ import annotations
