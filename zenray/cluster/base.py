@@ -32,4 +32,4 @@ class ClusterBackend(Protocol):
         """What the job's process has printed so far; "" for a job that the cluster does not know."""
 
     def cancel(self, id: str) -> None:
-        """Ask a job to end (SIGTERM, then SIGKILL); returns before it has. One that is over or unknown is left alone."""
+        """Ask a job to end (SIGTERM, then SIGKILL); returns before it has. One that is over or unknown stays so."""
