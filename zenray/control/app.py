@@ -20,6 +20,7 @@ from zenray.control.api.context import ControlContext
 from zenray.control.api.deployments import deployments_router
 from zenray.control.api.errors import install_error_handlers
 from zenray.control.api.gauges import DatabaseGauges
+from zenray.control.api.jobs import jobs_router
 from zenray.control.api.limits import BodyLimit
 from zenray.control.api.operations import operations_router
 from zenray.control.auth.tokens import TokenDoor, load_token
@@ -31,6 +32,8 @@ from zenray.control.deployments.applications import ApplicationFactory
 from zenray.control.deployments.reconciler import Reconciler
 from zenray.control.edge.routes import edge_router
 from zenray.control.edge.snapshot import SnapshotFeed
+from zenray.control.jobs.gauges import JobGauges
+from zenray.control.jobs.reconciler import JobReconciler
 from zenray.spec.clock import Clock, SystemClock
 from zenray.spec.deployments import DeploymentSpec
 from zenray.storage.base import ObjectStore
@@ -55,11 +58,12 @@ class StoredVersions:
 
 @dataclass(frozen=True)
 class Control:
-    """Control, put together but not started. `app` is the ASGI application; its lifespan runs the reconciler."""
+    """Control, put together but not started. `app` is the ASGI application; its lifespan runs the reconcilers."""
 
     app: FastAPI
     database: Database
     reconciler: Reconciler
+    jobs: JobReconciler
     feed: SnapshotFeed
 
 
@@ -82,7 +86,10 @@ def build_control(
         raise_floor(session)
     catalog = catalog or Catalog.load(config.catalog_dirs)
     store = store or open_store(storage)
-    reconciler = Reconciler(database, backend or _backend(config), catalog, clock)
+    backend = backend or _backend(config)
+    reconciler = Reconciler(database, backend, catalog, clock)
+    work_dir = str(config.path(config.jobs_dir, "jobs"))
+    jobs = JobReconciler(database, backend, store, clock, storage=storage, work_dir=work_dir)
     context = ControlContext(
         database=database,
         clock=clock,
@@ -91,6 +98,7 @@ def build_control(
         store=store,
         versions=StoredVersions(store),
         applications=ApplicationFactory(storage, str(config.path(config.cache_dir, "cache"))),
+        backend=backend,
         reconciler=reconciler,
         key_prefix=config.key_prefix,
     )
@@ -99,21 +107,23 @@ def build_control(
     app = FastAPI(
         title="zenray control",
         version=__version__,
-        lifespan=_lifespan(context, feed, config.reconcile_interval_s if reconcile else None),
+        lifespan=_lifespan((reconciler, jobs), feed, config.reconcile_interval_s if reconcile else None),
     )
     registry = CollectorRegistry()
     registry.register(DatabaseGauges(database, clock))
+    registry.register(JobGauges(database))
     install_error_handlers(app)
     app.add_middleware(BodyLimit)
     app.include_router(operations_router(context, registry))
     app.include_router(accounts_router(context))
     app.include_router(deployments_router(context))
+    app.include_router(jobs_router(context))
     app.include_router(edge_router(database, door=edge_door, clock=clock, feed=feed, registry=registry))
-    return Control(app, database, reconciler, feed)
+    return Control(app, database, reconciler, jobs, feed)
 
 
 def _lifespan(
-    context: ControlContext, feed: SnapshotFeed, interval_s: float | None
+    reconcilers: tuple[Reconciler, JobReconciler], feed: SnapshotFeed, interval_s: float | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -121,9 +131,9 @@ def _lifespan(
         if interval_s is not None:
             # A daemon: a call to Ray may take 30 s, and control is to end within 5. A round that is cut off is only
             # a round that did not happen.
-            threading.Thread(
-                target=context.reconciler.run, args=(stop, interval_s), name="reconciler", daemon=True
-            ).start()
+            for one in reconcilers:
+                name = type(one).__name__
+                threading.Thread(target=one.run, args=(stop, interval_s), name=name, daemon=True).start()
         try:
             yield
         finally:

@@ -25,6 +25,8 @@ class ControlConfig(ControlSettings):
     key_prefix: str = Field("sk-zen-", pattern=r"^[a-z0-9-]{2,20}$")
     cache_dir: Path | None = Field(None, description="Where nodes keep verified weights; None: cache in state_dir.")
 
+    jobs_dir: Path | None = Field(None, description="Where jobs keep what they download and make; None: in state_dir.")
+
     def path(self, given: Path | None, default: str) -> Path:
         """`given`, or the file of that name in `state_dir`; absolute."""
         return (given or self.state_dir / default).absolute()

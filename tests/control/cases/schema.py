@@ -10,7 +10,8 @@ from sqlalchemy.exc import DBAPIError
 
 import zenray.control.auth.tables
 import zenray.control.deployments.tables
-import zenray.control.edge.tables  # noqa: F401
+import zenray.control.edge.tables
+import zenray.control.jobs.tables  # noqa: F401
 from tests.control.events import event
 from zenray.control.billing.service import record_usage
 from zenray.control.billing.tables import LedgerEntry, UsageRecord

@@ -84,6 +84,7 @@ def assemble(platform: Platform, home: Home) -> Assembly:
         catalog_dirs=(home.user_catalog,),
         key_prefix=platform.key_prefix,
         cache_dir=home.cache / "weights",
+        jobs_dir=home.cache / "jobs",
     )
     gateway = GatewayConfig(
         **platform.gateway.model_dump(),

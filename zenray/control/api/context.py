@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zenray.catalog.catalog import Catalog
+from zenray.cluster.base import ClusterBackend
 from zenray.control.auth.tokens import TokenDoor
 from zenray.control.db.engine import Database
 from zenray.control.deployments.applications import ApplicationFactory
@@ -23,5 +24,6 @@ class ControlContext:
     store: ObjectStore
     versions: VersionSource
     applications: ApplicationFactory
+    backend: ClusterBackend
     reconciler: Reconciler
     key_prefix: str

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from zenray.spec.documents import Document
 from zenray.spec.edge import RouteEntry
+from zenray.spec.job_life import JobState
 
 T = TypeVar("T")
 
@@ -155,6 +156,45 @@ class LedgerCheck(BaseModel):
     ok: bool
     checked_s_ago: float
     differences: list[str]
+
+
+class JobSummary(BaseModel):
+    """One job. `progress`: its newest step or piece of work (spec.job_events); `into`: the version that it makes."""
+
+    id: str
+    name: str
+    kind: str
+    state: JobState
+    message: str | None
+    attempt: int
+    into: str | None
+    progress: dict[str, Any] | None
+    created_at: float
+    updated_at: float
+    started_at: float | None
+    ended_at: float | None
+
+
+class JobDetail(JobSummary):
+    """`events`: the newest, without steps; `result`: what an evaluation found (spec.evaluation)."""
+
+    document: dict[str, Any]
+    events: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+
+class JobEvents(BaseModel):
+    """Events in their order (spec.job_events). Ask again with `after` = `last`."""
+
+    job: JobSummary
+    data: list[dict[str, Any]]
+    last: int
+
+
+class JobLogs(BaseModel):
+    id: str
+    attempt: int
+    logs: str
 
 
 class Status(BaseModel):
