@@ -30,6 +30,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from zenray.serving.engine.wire import DONE, Wire
 from zenray.spec.edge import (
     Endpoint,
     KeyEntry,
@@ -66,8 +67,8 @@ http {{
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
   uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
   server {{ listen 127.0.0.1:{port} backlog=2048; location / {{
-    default_type application/json; client_body_buffer_size 1m;
-    echo_read_request_body; echo_sleep {delay_s}; echo -n '{answer}';
+    default_type {kind}; client_body_buffer_size 1m;
+    echo_read_request_body; {commands}
   }} }}
 }}
 """
@@ -245,13 +246,39 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, *, timeout_s
 @contextmanager
 def upstream_up(folder: Path, delay_s: float = 0.02) -> Iterator[str]:
     """nginx that answers every POST after a fixed delay, in vLLM's shape. Exits when a program is missing."""
+    with _nginx_up(folder, "application/json", f"echo_sleep {delay_s}; echo -n '{ANSWER}';") as url:
+        yield url
+
+
+@contextmanager
+def streaming_upstream_up(folder: Path, chunks: int, gap_s: float) -> Iterator[str]:
+    """nginx that answers every POST with a stream in vLLM's shape: `chunks` tokens, the first of them at once."""
+    wire, prompt_tokens = Wire(chat=True, id="chatcmpl-1", model="up", created=1), 30
+    written = [wire.role_chunk(0, prompt_tokens)]
+    for number in range(chunks):
+        finish = "length" if number == chunks - 1 else None
+        running = (prompt_tokens, number + 1)
+        written.append(wire.token_chunk(0, f" t{number}", finish, running=running, usage_follows=True))
+    written[1] = written[0] + written[1]
+    written[-1] += wire.usage_chunk(prompt_tokens, chunks, 0) + DONE
+    commands = [f"echo -n '{_quoted(chunk)}'; echo_flush;" for chunk in written[1:]]
+    with _nginx_up(folder, "text/event-stream", f"\n    echo_sleep {gap_s}; ".join(commands)) as url:
+        yield url
+
+
+def _quoted(chunk: bytes) -> str:
+    return chunk.decode().replace("\n", "\\n")
+
+
+@contextmanager
+def _nginx_up(folder: Path, kind: str, commands: str) -> Iterator[str]:
     for program, package in (("nginx", "nginx"), ("wrk", "wrk")):
         if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
             sys.exit(f"{program} is missing. On Debian: apt-get install {package}")
     if not ECHO_MODULE.exists():
         sys.exit(f"{ECHO_MODULE} is missing. On Debian: apt-get install libnginx-mod-http-echo")
     port = free_port()
-    settings = {"folder": folder, "module": ECHO_MODULE, "port": port, "delay_s": delay_s, "answer": ANSWER}
+    settings = {"folder": folder, "module": ECHO_MODULE, "port": port, "kind": kind, "commands": commands}
     (folder / "nginx.conf").write_text(NGINX.format(**settings))
     nginx = shutil.which("nginx", path="/usr/sbin:" + os.environ["PATH"]) or "nginx"
     url = f"http://127.0.0.1:{port}"
@@ -278,7 +305,22 @@ def gateway_up(folder: Path, standing: Standing, *, processes: int = PROCESSES) 
         url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "zenray.gateway", str(folder / "gateway.json")]
         with running(command, url + "/readyz", log=folder / "gateway.log") as gateway:
+            _wait_for_all(url, processes)
             yield url, control_url, gateway.pid
+
+
+def _wait_for_all(url: str, processes: int, timeout_s: float = 60) -> None:
+    """The kernel deals connections to the gateway's processes: ask until each of them has said that it is ready."""
+    ready: set[str] = set()
+    until_s = time.monotonic() + timeout_s
+    while len(ready) < processes:
+        if time.monotonic() > until_s:
+            raise RuntimeError(f"of {processes} processes only {sorted(ready)} are ready")
+        try:
+            with urllib.request.urlopen(url + "/readyz", timeout=2) as answer:
+                ready.add(json.load(answer)["gateway_id"])
+        except OSError:
+            time.sleep(0.1)
 
 
 @contextmanager

@@ -80,6 +80,18 @@ async def answer(made: Replica, client: Client) -> tuple[int, bytes]:
         connection.release()
 
 
+async def chunk(connection: Connection) -> bytes:
+    """What has come, waited for; empty at the end."""
+    taken: list[bytes] = []
+
+    def take(data: bytes) -> bool:
+        taken.append(data)
+        return True
+
+    assert await connection.pour(take) is bool(taken)
+    return b"".join(taken)
+
+
 async def test_what_is_sent_and_that_the_connection_is_kept() -> None:
     async with replica(sends(WHOLE)) as (made, client):
         for _ in range(3):
@@ -117,13 +129,38 @@ async def test_chunks_come_as_they_are_sent() -> None:
 
     async with replica(serve) as (made, client):
         connection = await ask(made, client)
-        assert await connection.chunk() == b"hel"
+        assert await chunk(connection) == b"hel"
         go.set()
-        assert await connection.chunk() == b"lo"
-        assert await connection.chunk() == b""
+        assert await chunk(connection) == b"lo"
+        assert await chunk(connection) == b""
         connection.release()
         await answer(made, client)
         assert made.connections == 1
+
+
+async def test_a_sink_is_given_all_in_order_however_much_comes_at_once() -> None:
+    body = bytes(range(256)) * (16 << 10)  # 4 MiB, more than is kept for a reader that does not take it
+    async with replica(sends(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)) as (made, client):
+        for _ in range(3):
+            connection = await ask(made, client)
+            taken: list[bytes] = []
+            assert await connection.pour(lambda data, taken=taken: taken.append(data)) is False  # type: ignore[misc]
+            connection.release()
+            assert b"".join(taken) == body
+        assert made.connections == 1
+
+
+async def test_what_a_sink_raises_reaches_whoever_pours() -> None:
+    def break_off(data: bytes) -> bool:
+        raise KeyError(data)
+
+    async with replica(sends(CHUNKED[:60], CHUNKED[60:])) as (made, client):
+        connection = await ask(made, client)
+        with pytest.raises(KeyError, match="hel"):
+            await connection.pour(break_off)
+        connection.release()
+        assert await answer(made, client) == (200, b"hello")
+        assert made.connections == 2
 
 
 @pytest.mark.parametrize(
@@ -150,9 +187,9 @@ async def test_what_ends_early_or_is_no_http_is_lost(raw: bytes) -> None:
 async def test_what_came_before_the_loss_can_be_read() -> None:
     async with replica(sends(CHUNKED[: CHUNKED.index(b"2;x")], close=True)) as (made, client):
         connection = await ask(made, client)
-        assert await connection.chunk() == b"hel"
+        assert await chunk(connection) == b"hel"
         with pytest.raises(Lost):
-            await connection.chunk()
+            await chunk(connection)
         connection.release()
 
 
@@ -208,9 +245,9 @@ async def test_silence_fails() -> None:
 
     async with replica(serve, silence_s=0.1) as (made, client):
         connection = await ask(made, client)
-        assert await connection.chunk() == b"he"
+        assert await chunk(connection) == b"he"
         with pytest.raises(TimeoutError):
-            await connection.chunk()
+            await chunk(connection)
         connection.release()
 
 
@@ -250,11 +287,11 @@ async def test_a_slow_reader_makes_the_replica_wait_and_is_not_taken_for_silence
 
     async with replica(serve, silence_s=0.6) as (made, client):
         connection = await ask(made, client)
-        await connection.chunk()
+        await chunk(connection)
         await asyncio.sleep(1.3)
         assert written < size_bytes  # the sockets' buffers are full, and ours is bounded
         read_bytes = 0
-        while data := await connection.chunk():
+        while data := await chunk(connection):
             read_bytes += len(data)
         connection.release()
         assert size_bytes - (8 << 20) < read_bytes < size_bytes

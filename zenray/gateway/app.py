@@ -19,7 +19,7 @@ from zenray.gateway.logs import RequestLog
 from zenray.gateway.metering import LeaseBook, Meter, Shipper
 from zenray.gateway.metrics import CONTENT_TYPE, Metrics
 from zenray.gateway.proxy import Proxy
-from zenray.gateway.reply import ClientGone, Disconnect, Receive, Reply, Scope, Send, read_body
+from zenray.gateway.reply import WRITE, ClientGone, Disconnect, Receive, Reply, Scope, Send, read_body
 from zenray.gateway.snapshot import Directory, Key, Route
 from zenray.gateway.upstream import Upstream, Waker, new_session
 from zenray.spec.clock import Clock, SystemClock
@@ -156,7 +156,7 @@ class Gateway:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, "req_" + os.urandom(16).hex())
+        reply = Reply(send, "req_" + os.urandom(16).hex(), scope.get(WRITE))
         try:
             endpoint = _QUESTIONS.get(scope["path"])
             if endpoint is not None and scope["method"] == "POST":

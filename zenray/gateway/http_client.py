@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
@@ -64,7 +65,7 @@ def _head(target: Target, path: str, bearer: str) -> bytes:
 class Connection(asyncio.Protocol):
     """One connection, for one request at a time; at the same time the answer to that request.
 
-    `send`, then `begun`, then `read` or `chunk` until it is empty, then `release`; `release` may come at any time.
+    `send`, then `begun`, then `read`, or `pour` until it is false, then `release`; `release` may come at any time.
     """
 
     def __init__(self, client: Client, target: Target) -> None:
@@ -82,10 +83,16 @@ class Connection(asyncio.Protocol):
         self._complete = False
         self._error: OSError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Callable[[bytes], bool] | None = None
+        self._thrown: Exception | None = None  # by the sink
 
     @property
     def usable(self) -> bool:
         return self._error is None
+
+    @property
+    def _pouring(self) -> bool:
+        return self._sink is not None
 
     def silent_s(self, now_s: float) -> float:
         """How long the replica has kept us waiting."""
@@ -116,14 +123,26 @@ class Connection(asyncio.Protocol):
             self._resume()
         return self._take()
 
-    async def chunk(self) -> bytes:
-        """What has come since the last call, waited for; empty at the end. Raises Lost or TimeoutError."""
-        while not self._chunks and not self._complete:
-            await self._more()
-        data = self._take()
-        if self._paused:
-            self._resume()
-        return data
+    async def pour(self, sink: Callable[[bytes], bool]) -> bool:
+        """Give `sink` what comes, in the moment that it comes, until it answers True. False: that was the end.
+
+        A chunk then costs no turn of a task. What comes between two calls is kept, up to a bound; after that the
+        replica has to wait. Raises what the sink raises, Lost or TimeoutError.
+        """
+        self._sink = sink
+        try:
+            while self._pouring:
+                if self._chunks:
+                    self._give()
+                    continue
+                if self._complete:
+                    return False
+                await self._more()
+            if self._thrown is not None:
+                raise self._thrown
+            return True
+        finally:
+            self._sink = self._thrown = None
 
     def release(self) -> None:
         """Give the connection back. An answer that has not been read to its end closes it, which stops the engine."""
@@ -144,6 +163,20 @@ class Connection(asyncio.Protocol):
         chunks.clear()
         self._buffered_bytes = 0
         return data
+
+    def _give(self) -> bool:
+        """What is there, to the sink. True: it wants no more, and is forgotten."""
+        assert self._sink is not None
+        try:
+            data = self._take()
+            if self._paused:
+                self._resume()
+            enough = self._sink(data)
+        except Exception as error:
+            enough, self._thrown = True, error
+        if enough:
+            self._sink = None
+        return enough
 
     async def _more(self) -> None:
         if self._error is not None:
@@ -187,7 +220,8 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             # When it is more than the answer that came, the answer is whole; only the connection is spoilt.
             self._fail(Lost(f"not HTTP: {error}"))
-        self._wake()
+        if not self._pouring or self._complete or (self._chunks and self._give()):
+            self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(Lost(str(exc) or type(exc).__name__ if exc else "the replica closed the connection"))

@@ -238,22 +238,31 @@ class Proxy:
     async def _pass_stream(self, asked: Asked, route: Route, answer: Answer, bill: _Bill, reply: Reply) -> None:
         events = EventStream(bill.charge, model=asked.model, choices=asked.choices, include_usage=asked.include_usage)
         await reply.start_stream()
+        last = b""
+
+        def take(data: bytes) -> bool:
+            """Called by the replica's connection. True: the stream is over, or the client is slow."""
+            nonlocal last
+            passed = events.feed(data)
+            if events.done or events.error is not None:
+                last = passed
+                return True
+            return reply.write(passed) if passed else False
+
         try:
-            while data := await answer.response.chunk():
-                passed = events.feed(data)
+            while await answer.response.pour(take):
                 if events.error is not None:
-                    if passed:
-                        await reply.more(passed)
+                    if last:
+                        await reply.more(last)
                     raise failures.from_event(
                         events.error, upstream_model=route.entry.upstream_model, model=asked.model
                     )
                 if events.done:
                     # Set before the send, which may find that the client is gone: the answer is complete.
                     bill.outcome = Outcome.COMPLETED
-                    await reply.end_stream(passed)
+                    await reply.end_stream(last)
                     return
-                if passed:
-                    await reply.more(passed)
+                await reply.drain()
         finally:
             bill.usage, bill.finish_reason = events.final, events.finish_reason
         raise failures.died(started=True)

@@ -18,6 +18,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 DISCONNECTS = "zenray.disconnects"
 """Key of the ASGI scope: a set of functions that the server calls when the client's connection is lost."""
+WRITE = "zenray.write"
+"""Key of the ASGI scope: writes a piece of a begun, chunked answer at once; True: the client is slow, wait for it."""
 
 _JSON = (b"content-type", b"application/json")
 _SSE = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -32,9 +34,12 @@ class ClientGone(Exception):
 class Reply:
     """The answer to one request. Every send may wait for a slow client."""
 
-    __slots__ = ("_org", "_send", "finished", "model", "request_id", "started_s", "status", "streaming")
+    __slots__ = (
+        "_org", "_send", "_unsent", "_write", "finished", "model", "request_id", "started_s", "status", "streaming",
+    )  # fmt: skip
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, write: Callable[[bytes], bool] | None = None) -> None:
+        """`write`: the server's `WRITE`, if it has one."""
         self.request_id = request_id
         self.started_s = time.perf_counter()
         self.status = 0  # until headers are sent
@@ -43,6 +48,8 @@ class Reply:
         self.model = ""  # once it is known to exist
         self._org: str | None = None
         self._send = send
+        self._write = write
+        self._unsent = b""
 
     def belongs_to(self, org: str) -> None:
         self._org = org
@@ -64,6 +71,18 @@ class Reply:
 
     async def more(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def write(self, data: bytes) -> bool:
+        """`more` without waiting, for use outside of a task. True: call `drain` before the next."""
+        if self._write is not None:
+            return self._write(data)
+        self._unsent = data
+        return True
+
+    async def drain(self) -> None:
+        """Wait until the client has taken enough of what was written."""
+        data, self._unsent = self._unsent, b""
+        await self.more(data)
 
     async def ping(self) -> None:
         """A comment, which clients skip, so that nobody between takes a waiting stream for dead."""
