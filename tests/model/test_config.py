@@ -88,6 +88,24 @@ def test_json_round_trip(config):
     assert MoDEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@given(configs())
+def test_a_shape_gives_the_network_back(config):
+    """All that a shape says. Group names, positions and the rules of routing it does not."""
+    feed_forward = tuple(group for group in config.expert_groups if group.kind == "feed_forward")
+    experts = sum(group.num_experts for group in feed_forward) or 1
+    router = RouterConfig(experts_per_token=min(config.router.experts_per_token, experts))
+    config = replace(config, expert_groups=feed_forward, router=router)
+    made = MoDEConfig.from_dimensions(config.dimensions())
+    assert made.dimensions() == config.dimensions()
+    assert (made.expert_widths, made.sparse_layers) == (config.expert_widths, config.sparse_layers)
+
+
+def test_a_shape_with_a_bias_that_the_network_lacks_is_refused_by_its_name():
+    biased = LEGAL.dimensions().model_copy(update={"o_bias": True})
+    with pytest.raises(InvalidValue, match="o_bias is set"):
+        MoDEConfig.from_dimensions(biased)
+
+
 def test_unknown_field_is_refused_with_the_nearest():
     with pytest.raises(InvalidValue, match="Did you mean 'hidden_size'"):
         MoDEConfig.from_dict({**LEGAL.to_dict(), "hiden_size": 4})

@@ -29,7 +29,7 @@ from transformers import (
 
 from zenray.catalog import Catalog, ModelEntry
 from zenray.catalog.accounting import count_parameters, flops_per_token, kv_cache_bytes_per_token, lora_parameters
-from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
+from zenray.model.config import MoDEConfig
 from zenray.model.network import MoDE
 from zenray.spec.dimensions import ModelDimensions
 
@@ -166,41 +166,11 @@ def test_dense_layers_among_sparse_ones() -> None:
     assert count_parameters(dimensions).total == parameters(model)
 
 
-def our_config(d: ModelDimensions) -> MoDEConfig:
-    """The dimensions in our network's words."""
-    groups: list[ExpertGroup] = []
-    for width in d.moe.widths if d.moe else ():
-        if groups and groups[-1].width == width:
-            last = groups.pop()
-            groups.append(ExpertGroup(last.name, last.num_experts + 1, width))
-        else:
-            groups.append(ExpertGroup(f"group-{len(groups)}", 1, width))
-    return MoDEConfig(
-        vocab_size=d.vocab_size,
-        hidden_size=d.hidden_size,
-        intermediate_size=d.ffn_width or 1,
-        num_hidden_layers=d.layers,
-        num_attention_heads=d.heads,
-        num_key_value_heads=d.kv_heads,
-        head_dim=d.head_dim,
-        sparse_layers=d.sparse_layers,
-        expert_groups=tuple(groups),
-        router=RouterConfig(experts_per_token=d.moe.top_k if d.moe else 1),
-        shared_expert_width=d.moe.shared_width if d.moe else 0,
-        shared_expert_gate=d.moe.shared_gate if d.moe else False,
-        sliding_window=d.local_window_tokens,
-        local_layers=d.local_layers,
-        qk_norm=d.qk_norm,
-        attention_bias=d.qkv_bias,
-        tie_word_embeddings=d.tied_embeddings,
-    )
-
-
 @pytest.mark.parametrize("entry", [e for e in Catalog.load() if e.variant_of is None], ids=lambda entry: entry.name)
 def test_every_model_of_the_catalog_is_built_with_the_parameters_counted(entry: ModelEntry) -> None:
     assert entry.dimensions is not None
     with torch.device("meta"):
-        model = MoDE(our_config(entry.dimensions))
+        model = MoDE(MoDEConfig.from_dimensions(entry.dimensions))
     assert parameters(model) == count_parameters(entry.dimensions).total
 
 

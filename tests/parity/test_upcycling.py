@@ -1,12 +1,13 @@
 """Drop-Upcycling does what its sources say: what is kept, what is drawn, and that copies are the dense model."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from zenray.model.hf import register
 from zenray.model.upcycling.drop import FeedForwardWeights, drop, seeded
@@ -18,9 +19,9 @@ from zenray.model.upcycling.partition import (
     squared_distances,
 )
 from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe, select_layers
-from zenray.model.upcycling.source import DenseSource
+from zenray.model.upcycling.source import DenseSource, dense_config
 from zenray.model.upcycling.upcycle import upcycle
-from zenray.spec.errors import InvalidValue
+from zenray.spec.errors import InvalidDocument, InvalidValue
 
 pytestmark = pytest.mark.parity
 register()
@@ -224,6 +225,44 @@ def test_what_cannot_be_is_refused(qwen3_folder, tmp_path):
         upcycle(qwen3_folder, recipe((0.0,) * 7, mode="kmeans"), tmp_path / "mode")
     with pytest.warns(UserWarning, match="outside 5% to 30%"):
         recipe((0.5, 0.1), mode="rows")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LlamaConfig(mlp_bias=True), "mlp_bias = True"),
+        (LlamaConfig(attention_bias=True), "attention_bias = True"),
+        (Qwen3Config(attention_bias=True), "attention_bias = True"),
+        (LlamaConfig(hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (LlamaConfig(pretraining_tp=2), "pretraining_tp = 2"),
+        (GPT2Config(), "model_type 'gpt2' cannot be upcycled"),
+        (LlamaConfig(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 2.0,
+                                      "original_max_position_embeddings": 8}), "rope_parameters has mscale"),
+    ],
+)  # fmt: skip
+def test_what_the_network_cannot_say_is_refused_by_the_fields_name(config, reason):
+    with pytest.raises(InvalidValue, match=reason):
+        dense_config(config)
+
+
+def test_a_checkpoint_is_what_its_config_says_or_is_refused(llama_folder, tmp_path):
+    """Nothing is left out without a word: a bias that the config does not speak of, a missing layer."""
+    source = shutil.copytree(llama_folder, tmp_path / "dense")
+    tensors = load_file(source / "model.safetensors")
+    bias = "model.layers.0.self_attn.o_proj.bias"
+    save_file({**tensors, bias: torch.ones(48)}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidDocument, match=f"not of this model: {bias}"):
+        upcycle(source, recipe(), tmp_path / "mode")
+    gone = "model.layers.2.mlp.up_proj.weight"
+    kept = {name: tensor for name, tensor in tensors.items() if name != gone}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidDocument, match=f"missing: {gone}"):
+        upcycle(source, recipe(), tmp_path / "mode")
+    assert not (tmp_path / "mode").exists()
+    computed = {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(computed, source / "model.safetensors", metadata={"format": "pt"})
+    upcycle(source, recipe(), tmp_path / "mode")
+    assert not any("inv_freq" in name for name in load_file(tmp_path / "mode" / "model.safetensors"))
 
 
 def test_layers_by_words():

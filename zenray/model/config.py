@@ -6,6 +6,7 @@ Where Hugging Face has a usual name for a field, that is the name.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 from zenray.spec.dimensions import ModelDimensions, MoeDimensions
@@ -263,6 +264,43 @@ class MoDEConfig:
             qkv_bias=self.attention_bias,
             local_window_tokens=self.sliding_window,
             local_layers=self.local_layers,
+        )
+
+    @classmethod
+    def from_dimensions(cls, dimensions: ModelDimensions) -> MoDEConfig:
+        """The network of a shape, such as a catalog entry's: the inverse of `dimensions`.
+
+        What a shape does not say (positions, routing rules, norms) has its default; use `dataclasses.replace`. Each run
+        of equal expert widths becomes a group. InvalidValue for an output projection with a bias.
+        """
+        _require(
+            not dimensions.o_bias,
+            "o_bias is set: the attention's output projection has no bias in this network.",
+            param="o_bias",
+        )
+        moe = dimensions.moe
+        groups = [(width, len(list(run))) for width, run in groupby(moe.widths if moe else ())]
+        return cls(
+            vocab_size=dimensions.vocab_size,
+            hidden_size=dimensions.hidden_size,
+            intermediate_size=dimensions.ffn_width or max(moe.widths if moe else (1,)),
+            num_hidden_layers=dimensions.layers,
+            num_attention_heads=dimensions.heads,
+            num_key_value_heads=dimensions.kv_heads,
+            head_dim=dimensions.head_dim,
+            sparse_layers=dimensions.sparse_layers,
+            expert_groups=tuple(
+                ExpertGroup("general" if len(groups) == 1 else f"group-{index}", count, width)
+                for index, (width, count) in enumerate(groups)
+            ),
+            router=RouterConfig(experts_per_token=moe.top_k) if moe else RouterConfig(),
+            shared_expert_width=moe.shared_width if moe else 0,
+            shared_expert_gate=moe.shared_gate if moe else False,
+            sliding_window=dimensions.local_window_tokens,
+            local_layers=dimensions.local_layers,
+            qk_norm=dimensions.qk_norm,
+            attention_bias=dimensions.qkv_bias,
+            tie_word_embeddings=dimensions.tied_embeddings,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,17 +8,23 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from zenray.model.checkpoints.completeness import check
 from zenray.model.config import MoDEConfig, RopeParameters
 from zenray.model.upcycling.drop import FeedForwardWeights
 from zenray.model.weights import TensorFolder, TensorPlan
 from zenray.spec.errors import InvalidValue, NotFound, suggest
 
+_BIASES = "Biases are supported on the query, key and value projections alone, as Qwen2 has them."
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_FIELDS = RopeParameters.__dataclass_fields__
 
 
 class DenseSource:
-    """Configuration and tensors of a dense model in Hugging Face's layout. Reads lazily; keeps nothing."""
+    """Configuration and tensors of a dense model in Hugging Face's layout. Reads lazily; keeps nothing.
+
+    Raises NotFound; InvalidValue naming the field of `config.json` that this network cannot say; InvalidDocument for
+    tensors that are missing, misshapen or quantized, or that the config does not speak of.
+    """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file():
@@ -27,15 +33,16 @@ class DenseSource:
         self.hf_config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
         self.config = dense_config(self.hf_config)
         self.tensors = TensorFolder(folder)
+        self._names = sorted(check(folder))  # without what old checkpoints saved though it is computed
 
     def layer_names(self, layer: int) -> list[str]:
         """The tensors of one layer other than its FFN's."""
         prefix = f"model.layers.{layer}."
-        return [name for name in self.tensors.names if name.startswith(prefix) and not name.startswith(f"{prefix}mlp.")]
+        return [name for name in self._names if name.startswith(prefix) and not name.startswith(f"{prefix}mlp.")]
 
     def outer_names(self) -> list[str]:
         """The tensors outside the layers; without the head where it is tied to the embedding."""
-        names = [name for name in self.tensors.names if not name.startswith("model.layers.")]
+        names = [name for name in self._names if not name.startswith("model.layers.")]
         tied = self.config.tie_word_embeddings
         return [name for name in names if not (tied and name == "lm_head.weight")]
 
@@ -57,10 +64,10 @@ def dense_config(hf: PreTrainedConfig) -> MoDEConfig:
     if kind not in SUPPORTED:
         raise InvalidValue(f"A checkpoint of model_type {kind!r} cannot be upcycled.", hint=suggest(kind, SUPPORTED))
     _refuse(hf, "hidden_act", ("silu", "swish"))
-    _refuse(hf, "mlp_bias", (False, None))
+    _refuse(hf, "mlp_bias", (False, None), hint=_BIASES)
     _refuse(hf, "pretraining_tp", (1, None))
     if kind != "qwen2":
-        _refuse(hf, "attention_bias", (False, None), hint="Only Qwen2's biases (query, key, value) are supported.")
+        _refuse(hf, "attention_bias", (False, None), hint=_BIASES)
     heads = hf.num_attention_heads
     window = getattr(hf, "sliding_window", None)
     local = _local_layers(hf) if window is not None else ()

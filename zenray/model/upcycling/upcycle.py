@@ -68,6 +68,7 @@ def upcycle(
         for name, tensor in _tensors(dense, config, recipe):
             writer.write(name, tensor)
             done += tensor.nbytes
+            del tensor  # not held while the next is made
             if progress:
                 progress("upcycle", done, total)
         _write_config(dense, config, output, dtype=plans[0].dtype)
@@ -105,12 +106,17 @@ def _tensors(dense: DenseSource, config: MoDEConfig, recipe: UpcyclingRecipe) ->
         if layer not in config.sparse_layers:
             for plan in dense.feed_forward_plans(layer):
                 yield plan.name, dense.read(plan.name)
-            continue
-        prefix = f"model.layers.{layer}.mlp."
-        made = make_layer(dense.feed_forward(layer), layer, recipe)
-        yield f"{prefix}gate.weight", made.router.to(made.down.dtype)
-        yield f"{prefix}experts.gate_up_proj", made.gate_up
-        yield f"{prefix}experts.down_proj", made.down
+        else:
+            yield from _sparse_tensors(dense, layer, recipe)
+
+
+def _sparse_tensors(dense: DenseSource, layer: int, recipe: UpcyclingRecipe) -> Iterator[tuple[str, Tensor]]:
+    """In a function of its own, so that a layer's experts are let go before the next one's are made."""
+    prefix = f"model.layers.{layer}.mlp."
+    made = make_layer(dense.feed_forward(layer), layer, recipe)
+    yield f"{prefix}gate.weight", made.router.to(made.down.dtype)
+    yield f"{prefix}experts.gate_up_proj", made.gate_up
+    yield f"{prefix}experts.down_proj", made.down
 
 
 class Layer(NamedTuple):
