@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,14 +99,14 @@ class FolderRecorder:
         done = sorted(self.root.glob("step-*")) if self.root.is_dir() else []
         yield done[-1] if done else None
 
-    def new_folder(self) -> Path:
-        self.root.mkdir(parents=True, exist_ok=True)
+    def record(self, name: str, metrics: Event, write: Callable[[Path], None]) -> None:
         folder = self.root / "unfinished"
-        folder.mkdir()
-        return folder
-
-    def record(self, name: str, metrics: Event, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        write(folder)
         folder.rename(self.root / name)
         self.names.append(name)
         if len(self.names) == self.dies_after:
             raise KeyboardInterrupt
+
+    def settle(self) -> None:
+        """It always is."""

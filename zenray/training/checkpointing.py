@@ -6,7 +6,7 @@ Experts are written as shards of one whole tensor, so a checkpoint does not know
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from zenray.spec.errors import CorruptData
-from zenray.training.mesh import Mesh
+from zenray.training.layout import layouts_of, local_part
 from zenray.training.trainable import named_tensors, publish_masters
 from zenray.training.trainer import Trainer
 
@@ -32,11 +31,22 @@ def save(trainer: Trainer, step: int, folder: Path) -> None:
 
     Each worker writes its own files, the first also `.metadata`: folders of several workers are merged by copying.
     """
+    write_state(state_of(trainer, step), folder)
+
+
+def state_of(trainer: Trainer, step: int) -> dict[str, Any]:
+    """All that a checkpoint keeps after `step` steps, by name; tensors share memory with the trainer."""
     state: dict[str, Any] = _tensors(trainer)
     state["step"] = torch.tensor(step)
     state["updates"] = torch.tensor(_updates(trainer))
+    return state
+
+
+def write_state(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write what `state_of` gave, or a copy of it. Collective over `group`: all workers; blocks. OSError, and
+    CheckpointException when another worker had one."""
     with _quiet():
-        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.save(state, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
 
 
 def load(trainer: Trainer, folder: Path) -> int:
@@ -91,34 +101,15 @@ def _quiet() -> Iterator[None]:
 
 def _tensors(trainer: Trainer) -> dict[str, Any]:
     """Everything that changes, under one flat name each, sharing memory with the trainer."""
-    mesh, sizes = trainer.mesh, trainer.bank_sizes
-    tensors = {name: tensor.detach() for name, tensor in named_tensors(trainer.model).items()}
-    tensors |= {one.name: one.master.detach() for one in trainer.trainables}
-    state = {_WEIGHT + name: _whole(name, tensor, mesh, sizes) for name, tensor in tensors.items()}
+    layouts = layouts_of(trainer.model, trainer.mesh, trainer.bank_sizes)
+    held = {name: local_part(tensor) for name, tensor in named_tensors(trainer.model).items()}
+    held |= {one.name: one.master.detach() for one in trainer.trainables}
+    state = {_WEIGHT + name: layouts[name].as_part(tensor) for name, tensor in held.items()}
     for one in trainer.trainables:
         for moment in ("exp_avg", "exp_avg_sq"):
             local = trainer.optimizer.state[one.master][moment]
-            state[f"{_MOMENT}{moment}.{one.name}"] = _whole(one.name, local, mesh, sizes)
+            state[f"{_MOMENT}{moment}.{one.name}"] = layouts[one.name].as_part(local)
     return state
-
-
-def _whole(name: str, local: Tensor, mesh: Mesh, sizes: dict[str, int]) -> Tensor:
-    """`local`, said as a part of the whole tensor where it is one."""
-    experts = sizes.get(name.rpartition(".")[0])
-    if experts is None or mesh.expert_size == 1 or mesh.device_mesh is None:
-        return local
-    shape = torch.Size((experts, *local.shape[1:]))
-    return DTensor.from_local(
-        local, mesh.device_mesh, (Replicate(), Shard(0)), shape=shape, stride=_strides(local.shape[1:])
-    )
-
-
-def _strides(inner: Iterable[int]) -> tuple[int, ...]:
-    """Of a contiguous tensor whose axes after the first are `inner`."""
-    strides = [1]
-    for size in reversed(list(inner)):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides))
 
 
 def _updates(trainer: Trainer) -> int:

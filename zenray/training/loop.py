@@ -11,12 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from zenray.spec.training import TrainingJob
-from zenray.training.checkpointing import load, save
+from zenray.training.checkpointing import load
 from zenray.training.data.stream import IGNORED, Batch, PackedDomain, SequenceStream, pack
 from zenray.training.data.tokens import TokenFolder
+from zenray.training.faults import TAKE, Decision, data_step, decide
 from zenray.training.mesh import Mesh
-from zenray.training.trainer import StepReport, Trainer
+from zenray.training.staging import Stager, Write
+from zenray.training.trainer import Trainer
 
 HISTORY_NAME = "history.jsonl"
 Event = dict[str, Any]
@@ -26,15 +30,34 @@ class Recorder(Protocol):
     """Where checkpoints go and come from: Ray Train, or a folder."""
 
     def latest(self) -> AbstractContextManager[Path | None]:
-        """The newest checkpoint, in a folder that exists within the context; None for a new run."""
+        """The newest checkpoint, whole, in a folder that exists within the context; None for a new run. Collective."""
         ...
 
-    def new_folder(self) -> Path:
-        """An empty folder for this worker's part of a checkpoint. It belongs to the recorder."""
+    def record(self, name: str, metrics: Event, write: Write) -> None:
+        """Keep a checkpoint, this worker's part of which `write` puts into a folder. Collective.
+
+        May call `write` later, from another thread, and return before anything is safe; all is when the run ends.
+        """
         ...
 
-    def record(self, name: str, metrics: Event, folder: Path) -> None:
-        """Keep a checkpoint. Collective. May return before its bytes are safe; they are when the run ends."""
+    def settle(self) -> None:
+        """Return when everything recorded is safe. Collective; raises what went wrong with it."""
+        ...
+
+
+class Notice(Protocol):
+    """Tells whether workers will be taken away soon."""
+
+    def is_given(self) -> bool:
+        """To this worker."""
+        ...
+
+    def is_due(self) -> bool:
+        """Whether this worker thinks it time to `ask` together."""
+        ...
+
+    def ask(self) -> bool:
+        """Whether any worker was given notice by other ways. Collective."""
         ...
 
 
@@ -84,85 +107,160 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `stopped`: why it did before its last step, if it did."""
+    """How a run ended. `stopped`: why it did before its last step, if it did. `was_preempted`: it should go on."""
 
     history: list[Event]
     stopped: str | None = None
+    was_preempted: bool = False
 
 
 def train(
-    trainer: Trainer, data: TrainingSet, recorder: Recorder, tell: Callable[[Event], None] = lambda event: None
+    trainer: Trainer,
+    data: TrainingSet,
+    recorder: Recorder,
+    tell: Callable[[Event], None] = lambda event: None,
+    notice: Notice | None = None,
 ) -> Outcome:
     """Run the job to its last step, from the newest checkpoint. Collective; blocks.
 
-    `tell` gets each event as it happens: {"event": "step" | "evaluation" | "checkpoint" | "resumed", …}. The history
-    is part of every checkpoint, so after a restart it is that of an uninterrupted run (but for times).
+    `tell` gets each event as it happens: {"event": "step" | "evaluation" | "checkpoint" | "resumed" | "rolled_back" |
+    "stopped" | "preempted", …}. The history is part of every checkpoint, so after a restart it is that of an
+    uninterrupted run (but for times).
     """
-    job = trainer.job
-    history: list[Event] = []
+    job, run = trainer.job, _Run(trainer, data, recorder, tell, notice)
+    run.take_up()
+    if run.done == 0 and not run.history:
+        run.evaluate(with_teachers=True)
+    while run.done < job.steps:
+        decision = run.step()
+        if decision.action == "stop":
+            return run.stop(decision.reason)
+        if decision.action == "roll_back":
+            run.roll_back(decision.reason)
+            continue
+        run.done += 1
+        if run.done % job.evaluation.every_steps == 0 or run.done == job.steps:
+            run.evaluate()
+        if run.done % job.checkpoints.every_steps == 0 or run.done == job.steps:
+            run.save()
+        if run.is_noticed() and run.done < job.steps:
+            return run.make_way()
+    return Outcome(run.history)
 
-    def note(event: Event) -> None:
-        history.append(event)
-        tell(event)
 
-    first = 0
-    with recorder.latest() as folder:
-        if folder is not None:
-            first = load(trainer, folder)
-            history += read_history(folder)
-            tell({"event": "resumed", "step": first})
-    if first == 0:
-        _evaluate(trainer, data, 0, note, with_teachers=True)
-    for index in range(first, job.steps):
+class _Run:
+    """Where a run stands: steps done, what happened so far, and the step of the newest checkpoint (0: none)."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: TrainingSet,
+        recorder: Recorder,
+        tell: Callable[[Event], None],
+        notice: Notice | None,
+    ) -> None:
+        self.trainer, self.data, self.recorder, self.tell, self.notice = trainer, data, recorder, tell, notice
+        self.stager = Stager(trainer)
+        self.history: list[Event] = []
+        self.done = self.checkpoint = 0
+
+    def note(self, event: Event) -> None:
+        self.history.append(event)
+        self.tell(event)
+
+    def take_up(self) -> None:
+        """From the newest checkpoint, where there is one."""
+        with self.recorder.latest() as folder:
+            if folder is not None:
+                self.done = self.checkpoint = load(self.trainer, folder)
+                self.history = read_history(folder)
+                self.tell({"event": "resumed", "step": self.done})
+
+    def step(self) -> Decision:
+        """One step, learnt from or not."""
+        trainer, decision = self.trainer, TAKE
         started = time.perf_counter()
-        report = trainer.step(index, data.step(job, trainer.mesh, index))
-        note(_step_event(report, time.perf_counter() - started))
-        done = index + 1
-        stopped = None
-        if report.was_skipped and job.not_finite == "stop":
-            stopped = f"step {index} has a loss of {report.loss} and a gradient norm of {report.gradient_norm}"
-        if done % job.evaluation.every_steps == 0 or done == job.steps:
-            _evaluate(trainer, data, done, note)
-        if done % job.checkpoints.every_steps == 0 or done == job.steps or stopped:
-            _checkpoint(trainer, recorder, done, history, stopped)
-            tell({"event": "checkpoint", "step": done})
-        if stopped:
-            return Outcome(history, stopped)
-    return Outcome(history)
+        batches = self.data.step(trainer.job, trainer.mesh, data_step(self.history, self.done))
+
+        def accept(loss: float, norm: float) -> bool:
+            nonlocal decision
+            decision = decide(self.history, loss, norm, trainer.job.faults, self.checkpoint)
+            return decision.action == "take"
+
+        report = trainer.step(self.done, batches, accept)
+        event = {"event": "step", **asdict(report), "tokens_per_s": report.tokens / (time.perf_counter() - started)}
+        if decision.action != "take":
+            event["fault"] = decision.reason
+        keep = self.note if decision.action in ("take", "skip") else self.tell
+        keep({name: _plain(value) for name, value in event.items()})
+        return decision
+
+    def roll_back(self, reason: str) -> None:
+        """To the newest checkpoint; its steps come again with the data after that of the step which was at fault."""
+        bad = self.done
+        earlier = [e for e in self.history if e["event"] == "rolled_back" and e["step"] == self.checkpoint]
+        with self.recorder.latest() as folder:
+            assert folder is not None
+            self.done = load(self.trainer, folder)
+            self.history = read_history(folder)
+        known = [e for e in self.history if e["event"] == "rolled_back"]
+        self.history += [event for event in earlier if event not in known]
+        self.note({"event": "rolled_back", "step": self.done, "from": bad, "fault": reason})
+
+    def stop(self, reason: str) -> Outcome:
+        """As the run was before the step at fault, so that it can be looked at, and go on under another policy."""
+        self.tell({"event": "stopped", "step": self.done, "fault": reason})
+        if self.done != self.checkpoint:
+            self.save()
+        return Outcome(self.history, stopped=f"at step {self.done + 1} {reason}")
+
+    def is_noticed(self) -> bool:
+        """Whether some worker was given notice: the same answer on all. Collective."""
+        if self.notice is None:
+            return False
+        flags = torch.tensor([self.notice.is_given(), self.notice.is_due()], device=self.trainer.mesh.device).int()
+        given, due = self.trainer.mesh.add_up(flags).tolist()
+        return bool(given or (due and self.notice.ask()))
+
+    def make_way(self) -> Outcome:
+        """Leave a checkpoint of all that was done."""
+        self.tell({"event": "preempted", "step": self.done})
+        if self.done != self.checkpoint:
+            self.save()
+        self.recorder.settle()
+        return Outcome(self.history, was_preempted=True)
+
+    def save(self) -> None:
+        done, events = self.done, list(self.history)
+        write_state = self.stager.take(done)
+
+        def write(folder: Path) -> None:
+            write_state(folder)
+            if self.trainer.mesh.rank == 0:
+                lines = "".join(json.dumps(event) + "\n" for event in events)
+                (folder / HISTORY_NAME).write_text(lines, encoding="utf-8")
+
+        self.recorder.record(f"step-{done:08}", {"step": done}, write)
+        self.checkpoint = done
+        self.tell({"event": "checkpoint", "step": done})
+
+    def evaluate(self, *, with_teachers: bool = False) -> None:
+        trainer, data = self.trainer, self.data
+        if trainer.job.evaluation.sequences == 0:
+            return
+        objectives = {"loss": trainer.objective}
+        if with_teachers:
+            objectives |= {f"teacher_{number}": teacher for number, (teacher, _) in enumerate(trainer.teachers)}
+        for domain in data.held_out:
+            batches = data.evaluation(trainer.job, trainer.mesh, domain)
+            losses = {name: trainer.evaluate(batches, objective) for name, objective in objectives.items()}
+            self.note({"event": "evaluation", "step": self.done, "domain": domain, **losses})
 
 
 def read_history(folder: Path) -> list[Event]:
     """The events that a checkpoint carries."""
     lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
-
-
-def _checkpoint(trainer: Trainer, recorder: Recorder, done: int, history: list[Event], stopped: str | None) -> None:
-    folder = recorder.new_folder()
-    save(trainer, done, folder)
-    if trainer.mesh.rank == 0:
-        (folder / HISTORY_NAME).write_text("".join(json.dumps(event) + "\n" for event in history), encoding="utf-8")
-    metrics = {"step": done, "stopped": stopped}
-    recorder.record(f"step-{done:08}", metrics, folder)
-
-
-def _evaluate(
-    trainer: Trainer, data: TrainingSet, done: int, note: Callable[[Event], None], *, with_teachers: bool = False
-) -> None:
-    if trainer.job.evaluation.sequences == 0:
-        return
-    models = {"loss": trainer.model}
-    if with_teachers:
-        models |= {f"teacher_{number}": teacher for number, (teacher, _) in enumerate(trainer.teachers)}
-    for domain in data.held_out:
-        batches = data.evaluation(trainer.job, trainer.mesh, domain)
-        losses = {name: trainer.evaluate(batches, model) for name, model in models.items()}
-        note({"event": "evaluation", "step": done, "domain": domain, **losses})
-
-
-def _step_event(report: StepReport, duration_s: float) -> Event:
-    event = {"event": "step", **asdict(report), "tokens_per_s": report.tokens / duration_s}
-    return {name: _plain(value) for name, value in event.items()}
 
 
 def _plain(value: Any) -> Any:

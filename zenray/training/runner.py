@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import ray
+from filelock import FileLock, Timeout
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
@@ -17,23 +21,32 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from zenray.model.hf.export import STOCK_FORMATS, choose_target, export
 from zenray.model.weights import TensorPlan
-from zenray.spec.errors import Conflict, InvalidDocument, ZenrayError
+from zenray.spec.errors import Conflict, ZenrayError
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import DistillJob, TrainingJob
 from zenray.spec.versions import Manifest, Parents, VersionRef
+from zenray.storage.arrow import arrow_filesystem
 from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.cache import fetch
 from zenray.storage.opening import open_store
 from zenray.storage.versions import find_manifest, publish
 from zenray.training.checkpointing import read_weight
 from zenray.training.data.documents import identity
+from zenray.training.events import EventPlace
 from zenray.training.lineage import pin, pinned, run_name
 from zenray.training.loop import HISTORY_NAME, Event, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.worker import train_worker
 
 
-def run(job: TrainingJob, storage: StorageSettings, work_dir: Path, *, progress: Progress | None = None) -> Manifest:
+def run(
+    job: TrainingJob,
+    storage: StorageSettings,
+    work_dir: Path,
+    *,
+    progress: Progress | None = None,
+    events: EventPlace | None = None,
+) -> Manifest:
     """Train, and publish `job.into`. Blocks. Starts Ray on this machine unless it is connected already.
 
     Idempotent: what is published already is returned; killed at any moment and run again, it goes on from the last
@@ -54,27 +67,35 @@ def run(job: TrainingJob, storage: StorageSettings, work_dir: Path, *, progress:
     base = Checkpoint.open(fetch(store, pinned(job.base, store), work_dir / "versions", progress=progress))
     if job.stock_format != "none":  # what cannot be said is refused before the training, not after
         choose_target(base.config, replicate_dense=job.stock_format == "replicate")
-    result = _fit(job, name, storage, work_dir)
+    with _held(work_dir / "runs" / f"{name}.lock", name):
+        result = _fit(job, name, storage, work_dir, events or EventPlace(name))
+        while (result.metrics or {}).get("was_preempted"):  # all of it is in a checkpoint: on, wherever there is room
+            result = _fit(job, name, storage, work_dir, events or EventPlace(name))
+    stopped = (result.metrics or {}).get("stopped")
+    if stopped:
+        raise ZenrayError(
+            f"Run {name} stopped: {stopped}.",
+            hint="Its last checkpoint is from before that. Run the job again with other `faults` to go on from there.",
+        )
     if result.checkpoint is None:
         raise ZenrayError(f"Run {name} ended without a checkpoint.")
     with result.checkpoint.as_directory() as folder:
         history = read_history(Path(folder))
-        stopped = (result.metrics or {}).get("stopped")
-        if stopped:
-            raise ZenrayError(f"Run {name} stopped: {stopped}.", hint="Its history is in its last checkpoint.")
         return publish_result(job, name, store, base, Path(folder), history, work_dir, progress)
 
 
-def _fit(job: TrainingJob, name: str, storage: StorageSettings, work_dir: Path) -> Result:
+def _fit(job: TrainingJob, name: str, storage: StorageSettings, work_dir: Path, events: EventPlace) -> Result:
     if not ray.is_initialized():
         # With the dashboard: Ray Train asks it whether a run's driver lives, and clears up after one that does not.
-        ray.init(include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=True)
+        own = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        ray.init(log_to_driver=True, **own)
     filesystem, path = checkpoint_place(storage)
     about: dict[str, Any] = {
         "job": job.model_dump(mode="json"),
         "run": name,
         "storage": storage.model_dump(),
         "work_dir": str(work_dir.absolute()),
+        "events": events.as_dict(),
     }
     trainer = TorchTrainer(
         train_worker,
@@ -101,20 +122,27 @@ def _fit(job: TrainingJob, name: str, storage: StorageSettings, work_dir: Path) 
         ) from error
 
 
+@contextmanager
+def _held(path: Path, name: str) -> Iterator[None]:
+    """This driver alone carries out the run. The lock is let go when the process ends, however it does. Conflict."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise Conflict(
+            f"Run {name} is being carried out by another process.", hint="Wait for it, or end that process first."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def checkpoint_place(storage: StorageSettings) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Where Ray Train keeps checkpoints in the store. Credentials are the worker's environment's: none are in this."""
-    scheme, _, rest = open_store(storage).uri.partition(":")
-    if scheme == "file":
-        folder = Path(rest) / "training"
-        folder.mkdir(parents=True, exist_ok=True)
-        return pyarrow.fs.LocalFileSystem(), str(folder)
-    if scheme == "s3":
-        endpoint = storage.endpoint_url
-        filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint) if endpoint else pyarrow.fs.S3FileSystem()
-        return filesystem, f"{rest.removeprefix('//')}/training"
-    raise InvalidDocument(
-        f"Checkpoints cannot be kept in {storage.uri!r}.", hint="Use file:PATH or s3://BUCKET/PREFIX."
-    )
+    """Where Ray Train keeps checkpoints in the store."""
+    filesystem, path = arrow_filesystem(open_store(storage).uri, storage.endpoint_url)
+    return filesystem, f"{path}/training"
 
 
 def publish_result(

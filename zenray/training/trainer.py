@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from zenray.model.balance import RouterStats
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import DistillJob, TrainingJob
 from zenray.training.data.stream import Batch
 from zenray.training.expert_parallel import parallelize
 from zenray.training.gradients import GradientNorms, clip_gradients, reduce_gradients
-from zenray.training.loss import TeacherStates, head_loss, hidden_states
+from zenray.training.loss import HeadLoss, Objective, TeacherStates
 from zenray.training.mesh import Mesh
 from zenray.training.optimizer import decay_partly_frozen, learning_rate, make_optimizer, set_learning_rate
+from zenray.training.recompute import recompute
 from zenray.training.routing import StepRouting
-from zenray.training.trainable import bank_sizes, collect_gradients, publish_masters, select
+from zenray.training.sharding import add_up_gradients, let_go, shard
+from zenray.training.trainable import bank_sizes, choose, collect_gradients, publish_masters, trainables
+
+Accept = Callable[[float, float], bool]
+"""Whether a step with this loss and this gradient norm may change the network."""
+
+
+def is_finite(loss: float, gradient_norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(gradient_norm)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,6 @@ class Trainer:
     ) -> None:
         """`teachers`: networks and weights. InvalidValue for a teacher of another vocabulary, or nothing to train."""
         self.model, self.job, self.mesh = model, job, mesh or Mesh()
-        self.teachers = [(teacher.eval().requires_grad_(False), weight) for teacher, weight in teachers]
         for teacher, _ in teachers:
             theirs, ours = teacher.config.vocab_size, model.config.vocab_size
             if theirs != ours:
@@ -55,12 +64,14 @@ class Trainer:
                     f"The teacher has {theirs:,} tokens in its vocabulary, the student {ours:,}.",
                     hint="Distillation compares the two distributions token by token: use a teacher of one tokenizer.",
                 )
+        dtype = getattr(torch, job.dtype)
         self.bank_sizes = bank_sizes(model)
+        choose(model, job.train, self.bank_sizes, dtype)
         parallelize(model, self.mesh)
-        for parameter in model.parameters():  # not the routers' buffers, which add up small steps
-            parameter.data = parameter.data.to(getattr(torch, job.dtype))
-        model.model.gradient_checkpointing = job.activation_checkpointing
-        self.trainables = select(model, self.mesh, job.train, self.bank_sizes)
+        recompute(model, job.activation_checkpointing)
+        self.objective = self._place(model, dtype, self.bank_sizes)
+        self.trainables = trainables(model, self.mesh, job.train, self.bank_sizes, dtype)
+        self.teachers = [(self._place_teacher(teacher, dtype), weight) for teacher, weight in teachers]
         self.optimizer = make_optimizer(self.trainables, job.optimisation)
         for one in self.trainables:  # as AdamW would at its first step, so that a checkpoint has them from the start
             self.optimizer.state[one.master] = {
@@ -69,20 +80,21 @@ class Trainer:
                 "exp_avg_sq": torch.zeros_like(one.master),
             }
 
-    def step(self, index: int, batches: Sequence[Batch]) -> StepReport:
+    def step(self, index: int, batches: Sequence[Batch], accept: Accept = is_finite) -> StepReport:
         """Train on this worker's batches of step `index`. Collective: all workers pass equally many batches.
 
-        A step whose loss or gradient is not finite changes nothing (`was_skipped`).
+        `accept` is told the loss and the gradient norm, the same on every worker; a step that it does not accept
+        changes nothing (`was_skipped`).
         """
-        self.model.train()
+        self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
         tokens = self._sum_int(sum(batch.ids_BS.numel() for batch in batches))
         targets = self._sum_int(sum(batch.num_targets for batch in batches))
         routing = StepRouting(self.mesh)
-        lm, kl, balance = (torch.zeros((), dtype=torch.double) for _ in range(3))
-        for batch in batches:
-            h_TD, stats = hidden_states(self.model, batch)
-            head = self._head_loss(h_TD, batch)
+        lm, kl, balance = torch.zeros(3, dtype=torch.double, device=self.mesh.device).unbind()
+        for number, batch in enumerate(batches):
+            add_up_gradients(self.objective, is_last=number + 1 == len(batches))
+            head, stats = self._forward(batch.to(self.mesh.device))
             of_routers = routing.loss(self.model, stats, tokens)
             (head.total / max(targets, 1) + of_routers).backward()
             collect_gradients(self.trainables)
@@ -92,7 +104,7 @@ class Trainer:
         norms = self._reduce_and_clip()
         distillation = self.job.distillation if isinstance(self.job, DistillJob) else 0.0
         loss = float(lm + distillation * kl + balance)
-        is_sound = norms.is_finite and loss - loss == 0
+        is_sound = accept(loss, norms.total)
         if is_sound:
             self._update(rate)
             routing.finish(self.model)
@@ -112,35 +124,43 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], model: MoDE | None = None) -> float:
-        """Mean next-token loss over all workers' targets. Collective, like `step`. `model`: a teacher instead."""
-        model = self.model if model is None else model
-        model.eval()
-        total = torch.zeros(2, dtype=torch.double)
+    def evaluate(self, batches: Sequence[Batch], objective: Objective | None = None) -> float:
+        """Mean next-token loss over all workers' targets. Collective, like `step`. `objective`: a teacher's instead."""
+        objective = self.objective if objective is None else objective
+        objective.eval()
+        total = torch.zeros(2, dtype=torch.double, device=self.mesh.device)
         for batch in batches:
-            h_TD, _ = hidden_states(model, batch)
-            total[0] += head_loss(h_TD, model.lm_head.weight, batch.labels_BS.flatten()).lm.double()
+            loss, _ = objective(batch.to(self.mesh.device))
+            total[0] += loss.lm.double()
             total[1] += batch.num_targets
+        let_go(objective)
         total = self.mesh.add_up(total)
         return float(total[0] / total[1].clamp(min=1))
 
-    def _head_loss(self, h_TD: Tensor, batch: Batch):  # type: ignore[no-untyped-def]
-        labels_T = batch.labels_BS.flatten()
+    def _place(self, model: MoDE, dtype: torch.dtype, sizes: dict[str, int]) -> Objective:
+        """On this worker's device, and cut where weights are sharded."""
+        objective = Objective(model.to(self.mesh.device))
+        shard(objective, self.mesh, dtype, sizes)
+        return objective
+
+    def _place_teacher(self, teacher: MoDE, dtype: torch.dtype) -> Objective:
+        teacher.eval().requires_grad_(False)
+        sizes = bank_sizes(teacher)
+        if self.mesh.fully_sharded:
+            parallelize(teacher, self.mesh)
+        return self._place(teacher, dtype, sizes)
+
+    def _forward(self, batch: Batch) -> tuple[HeadLoss, list[RouterStats]]:
         if not isinstance(self.job, DistillJob):
-            return head_loss(h_TD, self.model.lm_head.weight, labels_T)
+            return self.objective(batch)
         states = []
-        with torch.no_grad():
-            for teacher, weight in self.teachers:
-                teacher_TD, _ = hidden_states(teacher, batch)
-                states.append(TeacherStates(teacher_TD, teacher.lm_head.weight, weight))
-        return head_loss(
-            h_TD,
-            self.model.lm_head.weight,
-            labels_T,
-            states,
-            distillation=self.job.distillation,
-            temperature=self.job.temperature,
-        )
+        for teacher, weight in self.teachers:
+            with torch.no_grad():
+                states.append(TeacherStates(teacher.hidden_states(batch), teacher.model.lm_head.weight, weight))
+        found = self.objective(batch, states, distillation=self.job.distillation, temperature=self.job.temperature)
+        for teacher, _ in self.teachers:
+            let_go(teacher)
+        return found
 
     def _reduce_and_clip(self) -> GradientNorms:
         settings = self.job.optimisation
@@ -156,4 +176,4 @@ class Trainer:
         publish_masters(self.trainables)
 
     def _sum_int(self, count: int) -> int:
-        return int(self.mesh.add_up(torch.tensor(count, dtype=torch.int64)))
+        return int(self.mesh.add_up(torch.tensor(count, dtype=torch.int64, device=self.mesh.device)))
