@@ -104,4 +104,4 @@ def test_events_are_read_as_what_they_are_and_unknown_ones_are_kept() -> None:
     assert in_words(step).startswith("step 5  loss inf")
     assert parse_event(step.model_dump(mode="json")) == step, "what is not finite survives JSON"
     note = parse_event({"event": "rollback", "step": 3})
-    assert isinstance(note, Note) and note.model_dump()["step"] == 3 and in_words(note) == "rollback"
+    assert isinstance(note, Note) and note.model_dump()["step"] == 3 and in_words(note) == "step 3  rollback"

@@ -49,6 +49,7 @@ class Step(_Event):
     tokens: int = 0
     tokens_per_s: float = 0.0
     was_skipped: bool = False
+    fault: str | None = Field(None, description="Why nothing was learnt from it.")
     entropy_ratios: list[float] = Field(default_factory=list)
     max_violations: list[float] = Field(default_factory=list)
     loads: list[list[float]] = Field(default_factory=list, description="Share of the routed tokens of each expert.")
@@ -64,7 +65,9 @@ class Step(_Event):
 
 
 class Evaluated(_Event):
-    """Mean loss on a domain's held-out text after so many steps."""
+    """Mean loss on a domain's held-out text after so many steps; those of teachers, once."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="strings")
 
     event: Literal["evaluation"] = "evaluation"
     step: int
@@ -168,9 +171,10 @@ def _said(event: JobEvent) -> str:
         parts += [f"kl {event.kl:.4f}"] if event.kl else []
         parts += [f"entropy {event.entropy:.3f}"] if event.entropy is not None else []
         parts += [f"norm {event.gradient_norm:.2f}", f"{event.tokens_per_s:,.0f} tokens/s"]
-        return "  ".join(parts) + ("  SKIPPED: not finite" if event.was_skipped else "")
+        return "  ".join(parts) + (f"  NOT LEARNT FROM: {event.fault or 'not finite'}" if event.was_skipped else "")
     if isinstance(event, Evaluated):
-        return f"step {event.step}  held-out {event.domain}: loss {event.loss:.4f}"
+        teachers = [f"{name} {value:.4f}" for name, value in (event.model_extra or {}).items() if "teacher" in name]
+        return "  ".join([f"step {event.step}  held-out {event.domain}: loss {event.loss:.4f}", *teachers])
     if isinstance(event, Started):
         return f"started: {event.kind}" + (f", {event.steps} steps" if event.steps else "")
     if isinstance(event, Progress):
@@ -187,4 +191,10 @@ def _said(event: JobEvent) -> str:
         return event.outcome + (f": {event.message}" if event.message else "")
     if isinstance(event, Result):
         return "result"
-    return event.event
+    return _said_of_note(event)
+
+
+def _said_of_note(event: Note) -> str:
+    about = event.model_extra or {}
+    place = f"step {about['step']}  " if "step" in about else ""
+    return place + event.event.replace("_", " ") + (f": {about['fault']}" if about.get("fault") else "")

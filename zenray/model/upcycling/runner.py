@@ -20,12 +20,15 @@ from zenray.storage.cache import fetch
 from zenray.storage.versions import newest, publish
 
 
-def run(job: UpcycleJob, store: ObjectStore, work_dir: Path, *, progress: Progress | None = None) -> list[Manifest]:
+def run(
+    job: UpcycleJob, store: ObjectStore, work_dir: Path, *, run: str | None = None, progress: Progress | None = None
+) -> list[Manifest]:
     """Publish `job.into` in format `safetensors` (zen_mode), and in a stock class's format where the job asks for it.
 
-    Blocks. `work_dir` caches the base version, and holds the result until it is published. Idempotent: run again, the
-    same bytes are made, and what is published already is left alone. Raises NotFound for an unknown base; InvalidValue
-    for what cannot be made, before anything is written; Conflict when `job.into` exists with other bytes.
+    Blocks. `run`: the job's id, for the manifest. `work_dir` caches the base version, and holds the result until it is
+    published. Idempotent: run again, the same bytes are made, and what is published already is left alone. Raises
+    NotFound for an unknown base; InvalidValue for what cannot be made, before anything is written; Conflict when
+    `job.into` exists with other bytes.
     """
     base = _base(job, store)
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -38,6 +41,7 @@ def run(job: UpcycleJob, store: ObjectStore, work_dir: Path, *, progress: Progre
     parents = Parents(base_version=str(base), training_job=job.name)
     metadata = {
         "kind": "upcycle",
+        **({"run": run} if run else {}),
         "recipe": json.dumps(asdict(recipe)),
         "experts": str(config.num_experts),
         "experts_per_token": str(config.router.experts_per_token),
