@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from tests.cluster.scripted_apps import Publisher
-from zenray.serving.autoscaling import _RUNNING_REQUESTS, autoscaling_options, policy
-from zenray.serving.engine.base import EngineLaunch
+from zenray.serving.autoscaling import _RUNNING_REQUESTS, POLICY_PATH, autoscaling_options, signals_of
+from zenray.serving.engine.base import EngineLaunch, EngineLoad
 from zenray.serving.engine.wire import FINGERPRINT, Wire
 from zenray.spec.deployments import Autoscaling, EngineSettings
 
@@ -22,11 +22,17 @@ pytestmark = [
 ]
 
 
-def context(running: int, mean: float, newest: list[float], queued: float = 0) -> Any:
+SETTINGS = Autoscaling(max_replicas=9, target_ongoing_requests=2, target_kv_cache_use=0.5, downscale_delay_s=0)
+
+
+def context(running: int, mean: float, newest: list[float], queued: float = 0, load: EngineLoad | None = None) -> Any:
     from ray.serve._private.common import RUNNING_REQUESTS_KEY
     from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-    series = {f"replica-{i}": [SimpleNamespace(value=99.0), SimpleNamespace(value=v)] for i, v in enumerate(newest)}
+    def series(values: list[float]) -> dict[str, Any]:
+        return {f"replica-{i}": [SimpleNamespace(value=99.0), SimpleNamespace(value=v)] for i, v in enumerate(values)}
+
+    reported = {name: series([value] * running) for name, value in (load or EngineLoad()).as_metrics().items()}
     return AutoscalingContext(
         deployment_id=None,
         deployment_name="m",
@@ -37,14 +43,14 @@ def context(running: int, mean: float, newest: list[float], queued: float = 0) -
         total_num_requests=mean,
         total_queued_requests=queued,
         aggregated_metrics=None,
-        raw_metrics={RUNNING_REQUESTS_KEY: series},
+        raw_metrics={RUNNING_REQUESTS_KEY: series(newest)} | reported,
         capacity_adjusted_min_replicas=0,
         capacity_adjusted_max_replicas=9,
         policy_state={},
         last_scale_up_time=None,
         last_scale_down_time=None,
         current_time=0.0,
-        config=AutoscalingConfig(**autoscaling_options(Autoscaling(max_replicas=9, target_ongoing_requests=2))),
+        config=AutoscalingConfig(**autoscaling_options(SETTINGS)),
     )
 
 
@@ -52,9 +58,37 @@ def test_rays_context_is_read_as_it_is() -> None:
     from ray.serve._private.common import RUNNING_REQUESTS_KEY
 
     assert RUNNING_REQUESTS_KEY == _RUNNING_REQUESTS
-    assert policy(context(2, 12, [5, 3]))[0] == 4
-    assert policy(context(2, 12, [0, 0]))[0] == 2
-    assert policy(context(2, 12, [0, 0], queued=10))[0] == 5
+    signals = signals_of(context(2, 12, [5, 3], queued=1, load=EngineLoad(3, 1, 0.5, 100, 2)))
+    assert (signals.running, signals.target, signals.most) == (2, 2, 9)
+    assert (signals.mean_requests, signals.newest_requests) == (12, 9)
+    assert (signals.computing, signals.waiting, signals.kv_cache_use) == (6, 2, 1.0)
+    assert (signals.first_tokens, signals.late_first_tokens) == (200, 4)
+
+
+def test_ray_asks_the_policy_with_the_deployments_own_targets() -> None:
+    """As Ray's controller does: the class by its path, made with its arguments, wrapped with Ray's delays."""
+    from ray.serve._private.autoscaling_state import _resolve_policy_callable
+    from ray.serve.autoscaling_policy import _apply_autoscaling_config
+    from ray.serve.config import AutoscalingConfig
+
+    options = autoscaling_options(SETTINGS.model_copy(update={"upscale_delay_s": 0.0}))
+    config = AutoscalingConfig(**options)
+    policy = _apply_autoscaling_config(_resolve_policy_callable(config.policy))
+
+    def ask(ctx: Any, state: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        ctx.config, ctx.policy_state = config, state or {}
+        return policy(ctx)
+
+    assert ask(context(2, 12, [5, 3]))[0] == 4
+    assert ask(context(2, 12, [0, 0]))[0] == 2
+    assert ask(context(2, 12, [0, 0], queued=10))[0] == 5
+    assert ask(context(2, 2, [1, 1], load=EngineLoad(computing=1, kv_cache_use=0.75)))[0] == 3
+    count, state = ask(context(3, 2, [1, 1, 0]))
+    assert count == 1 and "zenray" in state
+    assert ask(context(3, 2, [1, 1, 0]), state)[0] == 1
+    asleep, state = ask(context(0, 0, []), state)
+    assert asleep == 0 and "zenray" not in state
+    assert ask(context(0, 1, []), state)[0] == 1, "one that sleeps is woken at once"
 
 
 def test_a_sleeping_deployment_proves_its_version_first() -> None:
@@ -62,7 +96,8 @@ def test_a_sleeping_deployment_proves_its_version_first() -> None:
 
     options = autoscaling_options(Autoscaling(min_replicas=0, max_replicas=4, downscale_delay_s=30))
     assert (options["min_replicas"], options["initial_replicas"]) == (0, 1)
-    assert AutoscalingConfig(**options).downscale_delay_s == 30
+    config = AutoscalingConfig(**options)
+    assert (config.downscale_delay_s, config.policy.policy_kwargs["downscale_delay_s"]) == (0, 30)
 
 
 def test_ray_serve_takes_the_application_as_it_is_built(tmp_path: Any) -> None:
@@ -74,7 +109,7 @@ def test_ray_serve_takes_the_application_as_it_is_built(tmp_path: Any) -> None:
     assert deployment._deployment_config.graceful_shutdown_timeout_s == 77
     assert deployment._deployment_config.max_constructor_retry_count == 2
     scaling = deployment._deployment_config.autoscaling_config
-    assert (scaling.max_replicas, scaling.policy.policy_function) == (3, "zenray.serving.autoscaling:policy")
+    assert (scaling.max_replicas, scaling.policy.policy_function) == (3, POLICY_PATH)
     assert deployment.ray_actor_options["num_cpus"] == 0.1
     with pytest.raises(ValidationError, match="deploymant"):
         build({**app.args, "deploymant": {}})

@@ -1,20 +1,19 @@
-"""How many replicas: Ray Serve's autoscaler with a policy of ours, which never starts a replica for load that is gone.
-
-Ray decides by the mean of ongoing requests over a window. When load ends, the mean still shows it for as long as the
-window is, and a deployment that was just made smaller grows again. Here growing also needs the newest counts.
-"""
+"""How many replicas: Ray Serve's autoscaler with our policy (`scaling.py`), fed with what the engines report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
+from zenray.serving.scaling import Memory, Signals, Targets, decide
 from zenray.spec.deployments import Autoscaling
 
-POLICY_PATH = "zenray.serving.autoscaling:policy"
+POLICY_PATH = "zenray.serving.autoscaling:Policy"
 METRICS_INTERVAL_S = 1.0
 LOOK_BACK_S = 3.0
 _RUNNING_REQUESTS = "running_requests"  # what Ray 2.60 calls the requests that a replica has in flight
+_MEMORY = "zenray"
 
 
 def autoscaling_options(settings: Autoscaling) -> dict[str, Any]:
@@ -28,42 +27,61 @@ def autoscaling_options(settings: Autoscaling) -> dict[str, Any]:
         "initial_replicas": max(1, settings.min_replicas),
         "max_replicas": settings.max_replicas,
         "target_ongoing_requests": settings.target_ongoing_requests,
-        "upscale_delay_s": settings.upscale_delay_s,
-        "downscale_delay_s": settings.downscale_delay_s,
+        "upscale_delay_s": 0,  # both delays are the policy's own
+        "downscale_delay_s": 0,
         "metrics_interval_s": METRICS_INTERVAL_S,
         "look_back_period_s": LOOK_BACK_S,
-        "policy": {"policy_function": POLICY_PATH},
+        "policy": {"policy_function": POLICY_PATH, "policy_kwargs": asdict(targets_of(settings))},
     }
 
 
-def policy(ctx: Any) -> tuple[float, dict[str, Any]]:
-    """Called by Ray Serve's controller with its AutoscalingContext; delays, bounds and waking from zero stay Ray's."""
-    if ctx.current_num_replicas == 0:
-        return ctx.target_num_replicas, {}
-    series = (ctx.raw_metrics or {}).get(_RUNNING_REQUESTS, {}).values()
-    wanted = replicas_wanted(
+def targets_of(settings: Autoscaling) -> Targets:
+    return Targets(
+        ongoing_requests=settings.target_ongoing_requests,
+        waiting_requests=settings.target_waiting_requests,
+        kv_cache_use=settings.target_kv_cache_use,
+        ttft_p99_s=settings.target_ttft_p99_s,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+    )
+
+
+class Policy:
+    """What Ray Serve's controller calls with its AutoscalingContext, one instance for each deployment.
+
+    Bounds and waking from zero stay Ray's.
+    """
+
+    def __init__(self, **targets: Any) -> None:
+        self._targets = Targets(**targets)
+
+    def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
+        if ctx.current_num_replicas == 0:
+            return ctx.target_num_replicas, {}
+        memory: Memory | None = ctx.policy_state.get(_MEMORY)
+        wanted, memory = decide(signals_of(ctx), self._targets, memory, ctx.current_time)
+        return wanted, {_MEMORY: memory}
+
+
+def signals_of(ctx: Any) -> Signals:
+    """What Ray's context says of the load. A replica that has not reported yet counts nothing."""
+    raw = ctx.raw_metrics or {}
+
+    def summed(name: str) -> float:
+        return newest(raw.get(name, {}).values())
+
+    return Signals(
         running=ctx.current_num_replicas,
         target=ctx.target_num_replicas,
         mean_requests=ctx.total_num_requests,
-        newest_requests=newest(series) + ctx.total_queued_requests,
-        requests_per_replica=ctx.config.get_target_ongoing_requests(),
+        newest_requests=summed(_RUNNING_REQUESTS) + ctx.total_queued_requests,
+        computing=summed("computing"),
+        waiting=summed("waiting"),
+        kv_cache_use=summed("kv_cache_use"),
+        first_tokens=summed("first_tokens"),
+        late_first_tokens=summed("late_first_tokens"),
+        most=ctx.capacity_adjusted_max_replicas,
     )
-    return wanted, {}
-
-
-def replicas_wanted(
-    *, running: int, target: int, mean_requests: float, newest_requests: float, requests_per_replica: float
-) -> float:
-    """The number of replicas for this load, before delays and bounds.
-
-    `mean_requests` is the mean over the window, `newest_requests` the last known count. To have fewer than now, the
-    mean must fall; to have more than now, both must ask for more.
-    """
-    now = max(running, target)
-    by_mean = mean_requests / requests_per_replica
-    if by_mean <= now:
-        return by_mean
-    return max(float(now), min(by_mean, newest_requests / requests_per_replica))
 
 
 def newest(series: Iterable[Any]) -> float:

@@ -62,6 +62,10 @@ class Replica:
         if self._engine is not None:
             await self._engine.check_health()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve about once a second; `zenray.serving.autoscaling` reads it under the same names."""
+        return self._engine.load().as_metrics() if self._engine is not None else {}
+
     async def __del__(self) -> None:
         engine, self._engine = getattr(self, "_engine", None), None
         if engine is not None:
@@ -74,4 +78,10 @@ def _fetch_weights(launch: ReplicaLaunch) -> Path:
 
 def _engine_launch(launch: ReplicaLaunch) -> EngineLaunch:
     spec = launch.deployment
-    return EngineLaunch(model=spec.model, settings=spec.engine, cpus=spec.cpus_per_replica, gpus=spec.gpus_per_replica)
+    return EngineLaunch(
+        model=spec.model,
+        settings=spec.engine,
+        cpus=spec.cpus_per_replica,
+        gpus=spec.gpus_per_replica,
+        ttft_target_s=spec.autoscaling.target_ttft_p99_s,
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from zenray.serving.engine.load import EngineLoad
 from zenray.serving.guard import ALLOWED_ROUTES, AsgiApp
 from zenray.spec.deployments import EngineSettings
 
@@ -18,6 +19,7 @@ class EngineLaunch:
     settings: EngineSettings
     cpus: float
     gpus: float
+    ttft_target_s: float | None = None  # later first tokens are counted as late
 
 
 class Engine(Protocol):
@@ -37,6 +39,9 @@ class Engine(Protocol):
     async def check_health(self) -> None:
         """Raises when the engine cannot answer any more: Ray Serve then replaces the replica. Quick."""
 
+    def load(self) -> EngineLoad:
+        """Its load now, for the autoscaler. Asked every second: never blocks."""
+
     async def stop(self) -> None:
         """Idempotent."""
 
@@ -52,4 +57,4 @@ def open_engine(launch: EngineLaunch) -> Engine:
     return VllmEngine(launch)
 
 
-__all__ = ["ALLOWED_ROUTES", "Engine", "EngineLaunch", "open_engine"]
+__all__ = ["ALLOWED_ROUTES", "Engine", "EngineLaunch", "EngineLoad", "open_engine"]

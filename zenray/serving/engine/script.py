@@ -62,6 +62,7 @@ class ScriptFile(Script):
     start_s: float = Field(0, ge=0, description="The engine needs so long to start.")
     start_error: str | None = Field(None, description="The engine fails to start, with this message.")
     max_model_len: int = Field(8192, ge=16)
+    kv_cache_use: float = Field(0, ge=0, le=1, description="Share of a KV cache that each request is said to take.")
 
 
 def read_script(folder: Path) -> ScriptFile:

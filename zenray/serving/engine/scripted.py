@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +60,19 @@ class ScriptedEngine:
     """A pure ASGI application. One instance serves one model in one event loop."""
 
     def __init__(
-        self, model: str, *, script: Script | None = None, max_model_len: int = 8192, emitted_path: Path | None = None
+        self,
+        model: str,
+        *,
+        script: Script | None = None,
+        max_model_len: int = 8192,
+        emitted_path: Path | None = None,
+        on_first_token: Callable[[float], None] | None = None,
     ) -> None:
         self.model = model
         self.max_model_len = max_model_len
         self.truth = Truth(emitted_path)
         self._script = script or Script()
+        self._on_first_token = on_first_token  # told the seconds from a request to its first token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -190,10 +197,13 @@ class ScriptedEngine:
 
     async def _steps(self, ask: _Ask) -> AsyncIterator[int]:
         """The number of new tokens of each choice, at the script's times."""
-        due = asyncio.get_running_loop().time() + ask.script.first_ms / 1000
+        begun_at = asyncio.get_running_loop().time()
+        due = begun_at + ask.script.first_ms / 1000
         left = ask.length
         while left > 0:
             await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
+            if left == ask.length and self._on_first_token is not None:
+                self._on_first_token(asyncio.get_running_loop().time() - begun_at)
             due += ask.script.delay_ms / 1000
             new = min(left, ask.script.tokens_per_chunk)
             left -= new

@@ -11,6 +11,7 @@ import asyncio
 import math
 import multiprocessing
 import os
+import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from zenray.serving.engine.base import EngineLaunch
+from zenray.serving.engine.load import EngineLoad, FirstTokens
 from zenray.serving.guard import ALLOWED_ROUTES, AsgiApp
 
 # The fork server imports these while the replica does the same; the engine's processes are then forked from it.
@@ -33,6 +35,7 @@ class VllmEngine:
     def __init__(self, launch: EngineLaunch) -> None:
         self._launch = launch
         self._client: Any = None
+        self._observed = Observed(launch.ttft_target_s)
 
     def prepare(self) -> None:
         """See Engine. The environment comes first: vLLM and OpenMP read it as they are imported."""
@@ -59,6 +62,7 @@ class VllmEngine:
                 vllm_config=config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 disable_log_stats=engine_args.disable_log_stats,
+                stat_loggers=[self._observed.stat_logger],
             )
         # vLLM's own command line makes one namespace of both, too.
         args = argparse.Namespace(**(vars(frontend_args) | vars(engine_args)))
@@ -75,11 +79,71 @@ class VllmEngine:
         if self._client is not None:
             await self._client.check_health()
 
+    def load(self) -> EngineLoad:
+        """See Engine."""
+        # An engine with nothing to do says nothing: after an abort its last word may still be of the aborted request.
+        idle = self._client is None or not self._client.output_processor.has_unfinished_requests()
+        return self._observed.load(time.monotonic(), idle=idle)
+
     async def stop(self) -> None:
         """See Engine."""
         client, self._client = self._client, None
         if client is not None:
             await asyncio.to_thread(client.shutdown)
+
+
+class Observed:
+    """The newest statistics of a replica's engines, one for each data parallel rank, and its first tokens."""
+
+    def __init__(self, ttft_target_s: float | None) -> None:
+        self._newest: dict[int, tuple[int, int, float]] = {}  # rank → computing, waiting, use of the KV cache
+        self._first_tokens = FirstTokens(ttft_target_s)
+
+    def stat_logger(self, config: Any, rank: int = 0) -> Any:
+        """A factory as vLLM wants it: a logger that is told after every step of the engine `rank`."""
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        observed = self
+
+        class Observer(StatLoggerBase):
+            def __init__(self) -> None:
+                pass
+
+            def record(
+                self,
+                scheduler_stats: Any,
+                iteration_stats: Any,
+                mm_cache_stats: Any = None,
+                engine_idx: int = 0,
+            ) -> None:
+                observed.record(rank, scheduler_stats, iteration_stats, time.monotonic())
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return Observer()
+
+    def record(self, rank: int, scheduler_stats: Any, iteration_stats: Any, now_s: float) -> None:
+        """Quick: called for every step of the engine."""
+        if scheduler_stats is not None:
+            waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self._newest[rank] = (scheduler_stats.num_running_reqs, waiting, scheduler_stats.kv_cache_usage)
+        if iteration_stats is not None:
+            for ttft_s in iteration_stats.time_to_first_tokens_iter:
+                self._first_tokens.add(ttft_s, now_s)
+
+    def load(self, now_s: float, *, idle: bool) -> EngineLoad:
+        count, late = self._first_tokens.counts(now_s)
+        if idle or not self._newest:
+            return EngineLoad(first_tokens=count, late_first_tokens=late)
+        computing, waiting, cache_uses = zip(*self._newest.values(), strict=True)
+        return EngineLoad(
+            computing=sum(computing),
+            waiting=sum(waiting),
+            kv_cache_use=sum(cache_uses) / len(cache_uses),
+            first_tokens=count,
+            late_first_tokens=late,
+        )
 
 
 @contextmanager
