@@ -4,8 +4,8 @@
 
 Three gateways of one process each, before one nginx: 10 keys and 1 deployment; 10,000 keys; 100 deployments. wrk, 16
 clients, asks each in turn, every request with another key and model. Compared is the processor time per request, which
-other programs on the machine disturb less than the clock. Memory is the first gateway's resident set, once it is warm,
-before and after the rest of its requests; without --quick these are about 100,000.
+other programs on the machine disturb less than the clock. Then the first gateway alone answers a million requests (with
+--quick 50,000): its resident set is noted every tenth, and the first tenth is warming up.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from benchmarks.report import print_report
 from benchmarks.stand_in import MODEL, Standing, gateway_up, key_name, upstream_up
 
 CLIENTS = 16
+FILLING_CLIENTS = 64
+TENTHS = 10
 STANDINGS = {"10 keys, 1 deployment": (10, 1), "10,000 keys": (10_000, 1), "100 deployments": (10, 100)}
 SCRIPT = """
 wrk.method = "POST"
@@ -54,6 +56,16 @@ class Grown:
         self.cpu_us.append((self._cpu_s() - before_s) / requests * 1e6)
         self.requests += requests
 
+    def fill(self, requests: int) -> list[tuple[int, int]]:
+        """(requests answered, resident bytes) every tenth of so many requests."""
+        noted: list[tuple[int, int]] = []
+        answered = 0
+        while len(noted) < TENTHS:
+            answered += wrk(self.url, FILLING_CLIENTS, 5, self.script).requests
+            while len(noted) < TENTHS and answered >= requests * (len(noted) + 1) // TENTHS:
+                noted.append((answered, self.process.memory_info().rss))
+        return noted
+
     def _cpu_s(self) -> float:
         times = self.process.cpu_times()
         return times.user + times.system
@@ -61,8 +73,8 @@ class Grown:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    rounds, seconds = (6, 2) if parser.parse_args().quick else (15, 5)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, 50,000 requests for memory")
+    rounds, seconds, filling = (8, 2, 50_000) if parser.parse_args().quick else (15, 5, 1_000_000)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         upstream = stack.enter_context(upstream_up(folder, delay_s=0.005))
@@ -76,16 +88,14 @@ def main() -> None:
             script.write_text(_fill(words))
             grown[name] = Grown(url, psutil.Process(pid), script)
         few, many_keys, many_deployments = grown.values()
-        rss_bytes = 0
         for number in range(rounds + 1):
             for one in list(grown.values())[:: 1 if number % 2 else -1]:
                 one.measure(seconds)
             if number == 0:  # warm: every key, model and connection has been met
                 for one in grown.values():
                     one.cpu_us.clear()
-                rss_bytes, few.requests = few.process.memory_info().rss, 0
-        grown_bytes = few.process.memory_info().rss - rss_bytes
-        report(grown, few, many_keys, many_deployments, grown_bytes, rounds)
+        memory = few.fill(filling)
+    report(grown, few, many_keys, many_deployments, memory, rounds)
 
 
 def _fill(words: dict[str, object]) -> str:
@@ -96,11 +106,17 @@ def _fill(words: dict[str, object]) -> str:
 
 
 def report(
-    grown: dict[str, Grown], few: Grown, many_keys: Grown, many_deployments: Grown, grown_bytes: int, rounds: int
+    grown: dict[str, Grown],
+    few: Grown,
+    many_keys: Grown,
+    many_deployments: Grown,
+    memory: list[tuple[int, int]],
+    rounds: int,
 ) -> None:
     def ratio(many: Grown) -> float:
         return round(statistics.median(b / a for a, b in zip(few.cpu_us, many.cpu_us, strict=True)), 3)
 
+    (warm, warm_bytes), (last, last_bytes) = memory[0], memory[-1]
     print_report(
         "Processor time of one request, by what the gateway knows",
         ["knows", "us per request", "requests"],
@@ -108,10 +124,15 @@ def report(
         {
             "keys_ratio": ratio(many_keys),
             "deployments_ratio": ratio(many_deployments),
-            "memory_growth_bytes": grown_bytes,
-            "memory_requests": few.requests,
+            "memory_ratio": round(last_bytes / warm_bytes, 3),
+            "memory_growth_bytes": last_bytes - warm_bytes,
+            "memory_requests": last - warm,
         },
-        notes=[f"{rounds} rounds after one thrown away; ratios are medians of those within a round."],
+        notes=[
+            f"{rounds} rounds after one thrown away; ratios are medians of those within a round.",
+            "Resident MiB of the first gateway after so many requests: "
+            + "; ".join(f"{answered:,}: {rss_bytes / 2**20:.1f}" for answered, rss_bytes in memory),
+        ],
     )
 
 

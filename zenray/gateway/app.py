@@ -17,7 +17,7 @@ from zenray.gateway.edge import EdgeClient, follow_snapshot
 from zenray.gateway.http_client import Client
 from zenray.gateway.logs import RequestLog
 from zenray.gateway.metering import LeaseBook, Meter, Shipper
-from zenray.gateway.metrics import CONTENT_TYPE, Metrics
+from zenray.gateway.metrics import CONTENT_TYPE, FOLD_INTERVAL_S, Metrics
 from zenray.gateway.proxy import Proxy
 from zenray.gateway.reply import WRITE, ClientGone, Disconnect, Receive, Reply, Scope, Send, read_body
 from zenray.gateway.snapshot import Directory, Key, Route
@@ -98,6 +98,7 @@ class Gateway:
         self._run("snapshot", follow_snapshot(edge, self.directory))
         self._run("shipper", self._shipper.run())
         self._run("credit", credit.run())
+        self._run("metrics", self._fold_metrics())
         log.info("started", extra={"boot_id": self.meter.boot_id, "pid": os.getpid()})
 
     async def stop(self) -> None:
@@ -114,12 +115,18 @@ class Gateway:
         await self._replicas.close()
         await self._session.close()
         self._request_log.flush()
+        self._metrics.fold()
         log.info("stopped")
 
     def _run(self, name: str, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)
         task.add_done_callback(self._ended)
         self._tasks.append(task)
+
+    async def _fold_metrics(self) -> None:
+        while True:
+            await asyncio.sleep(FOLD_INTERVAL_S)
+            self._metrics.fold()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A part that must not end has ended: without it keys or money go wrong, so the process ends too."""

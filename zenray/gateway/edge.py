@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from typing import TypeVar
 
@@ -109,6 +110,10 @@ async def follow_snapshot(client: EdgeClient, directory: Directory) -> None:
             else:
                 before = directory.version
                 update = directory.apply(raw)
+                if update.full:
+                    # What was just read stays for long: the collector need not walk over it again and again.
+                    gc.collect()
+                    gc.freeze()
                 if update.full or update.version != before:
                     log.info("snapshot_applied", extra={"version": update.version, "full": update.full})
             if not reached:
