@@ -41,10 +41,13 @@ class Run:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.store = LocalStore(self.folder / "store")
+        self.store = self.open_store()
         self.put_bases()
         self.text = write_text(self.folder / "text")
         self.work_dir = self.folder / "work"
+
+    def open_store(self) -> ObjectStore:
+        return LocalStore(self.folder / "store")
 
     def put_bases(self) -> None:
         for name in ("tiny", "teacher"):

@@ -18,6 +18,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileSystemHandler
 from zenray.spec.errors import InvalidDocument
 
 _CONNECT_S, _REQUEST_S = 5, 60
+_ATTEMPTS = 12  # at growing intervals: about a minute, which a store may be away
 
 
 def arrow_filesystem(uri: str, endpoint_url: str | None = None) -> tuple[FileSystem, str]:
@@ -41,7 +42,11 @@ def arrow_filesystem(uri: str, endpoint_url: str | None = None) -> tuple[FileSys
 @lru_cache(maxsize=8)
 def _s3(endpoint_url: str | None, process: int) -> FileSystem:
     """One for each process (`process`: its id): arrow's threads do not survive a fork."""
-    options: dict[str, Any] = {"connect_timeout": _CONNECT_S, "request_timeout": _REQUEST_S}
+    options: dict[str, Any] = {
+        "connect_timeout": _CONNECT_S,
+        "request_timeout": _REQUEST_S,
+        "retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+    }
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region:
         options["region"] = region

@@ -113,7 +113,7 @@ def upload(
 
     attempts = Retrying(
         retry=retry_if_exception_type(OSError),
-        wait=wait_exponential_jitter(initial=0.5, max=_LONGEST_WAIT_S, jitter=0.5),
+        wait=wait_exponential_jitter(multiplier=0.5, max=_LONGEST_WAIT_S, jitter=0.5),
         stop=stop_after_delay(patience_s),
         before_sleep=tell,
         reraise=True,
