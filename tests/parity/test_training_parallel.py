@@ -1,5 +1,6 @@
-"""Expert-parallel training is the same computation: outputs, gradients, norms and weights of 2 and 4 gloo ranks equal
-those of one process, with tokens that do not divide evenly and gradients of two passes."""
+"""Parallel training is the same computation: outputs, gradients, norms and weights of 1, 2 and 4 gloo ranks, expert
+parallel and fully sharded, equal those of one process, with tokens that do not divide evenly and gradients of two
+passes."""
 
 from __future__ import annotations
 
@@ -9,29 +10,49 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.training_ranks import CASES, LAYOUTS, RESHARDED, Found, make_trainer, run_case, spawn
+from tests.parity.training_ranks import (
+    CASES,
+    LAYOUTS,
+    RESHARDED,
+    Found,
+    Layout,
+    cases_of,
+    make_trainer,
+    run_case,
+    spawn,
+)
 from zenray.training.checkpointing import difference, load, read_weight, save
 
 pytestmark = pytest.mark.parity
 
 RATIO = 1e-5
-KEYS = [(name, world, size) for name in CASES for world, sizes in LAYOUTS.items() for size in sizes]
+KEYS = [(name, world, layout) for world, some in LAYOUTS.items() for layout in some for name in cases_of(world, layout)]
+
+
+def label(value: object) -> str:
+    return f"ep{value[0]}{'-sharded' * value[1]}" if isinstance(value, tuple) else str(value)
+
+
+every_layout = pytest.mark.parametrize(("name", "world", "layout"), KEYS, ids=label)
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("chain")
-    return [folder / name for name in ("ep2", "ep1", "ep4", "ep2-again")]
+    return [folder / name for name in ("fsdp2", "ep2", "ep1", "ep4", "fsdp4-ep2", "ep2-again", "fsdp4")]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, chain: list[Path]) -> dict[tuple[str, int, int], list[Found]]:
+def found(tmp_path_factory: pytest.TempPathFactory, chain: list[Path]) -> dict[tuple[str, int, Layout], list[Found]]:
     folder = tmp_path_factory.mktemp("ranks")
-    results = {(name, 2, size): ranks for (name, size), ranks in spawn(2, folder / "two", (chain[0],)).items()}
-    trainer = make_trainer(RESHARDED)
-    save(trainer, load(trainer, chain[0]), chain[1])
-    four = spawn(4, folder / "four", tuple(chain[1:]))
-    return results | {(name, 4, size): ranks for (name, size), ranks in four.items()}
+    results = {}
+    for world, made in ((1, ()), (2, chain[:2]), (4, chain[2:])):
+        if world == 4:
+            trainer = make_trainer(RESHARDED)
+            save(trainer, load(trainer, chain[1]), chain[2])
+        ranks = spawn(world, folder / str(world), tuple(made))
+        results |= {(name, world, layout): one for (name, layout), one in ranks.items()}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +60,17 @@ def alone() -> dict[str, Found]:
     return {name: run_case(case) for name, case in CASES.items()}
 
 
-def whole(ranks: list[Found], what: str, name: str, size: int) -> torch.Tensor:
-    """A tensor put together from its parts in the first group; the other groups must hold the same."""
+def whole(ranks: list[Found], what: str, name: str) -> torch.Tensor:
+    """A tensor put together from the ranks' parts; where these overlap they must be equal, and leave nothing out."""
     parts = [getattr(one, what)[name] for one in ranks]
-    if ".experts." not in name:
-        for part in parts[1:]:
-            assert torch.equal(part, parts[0]), f"{name} differs between ranks"
-        return parts[0]
-    for rank, part in enumerate(parts):
-        assert torch.equal(part, parts[rank % size]), f"{name} differs between replicas"
-    return torch.cat(parts[:size])
+    found = torch.full(parts[0].shape, math.nan)
+    for part in parts:
+        before = found[part.region]
+        assert before.shape == part.values.shape, f"{name}: a part of {tuple(part.values.shape)} in {part.region}"
+        assert (before.isnan() | (before == part.values)).all(), f"{name} differs between ranks"
+        found[part.region] = part.values
+    assert not found.isnan().any(), f"nobody holds a part of {name}"
+    return found
 
 
 def check_ratio(name: str, one: torch.Tensor, reference: torch.Tensor) -> None:
@@ -62,57 +84,57 @@ def check_ratio(name: str, one: torch.Tensor, reference: torch.Tensor) -> None:
     assert float((one - reference).norm()) / math.sqrt(square) < 1e-4, name
 
 
-@pytest.mark.parametrize(("name", "world", "size"), KEYS)
-def test_outputs(found, alone, name: str, world: int, size: int) -> None:
-    ranks = found[name, world, size]
+@every_layout
+def test_outputs(found, alone, name: str, world: int, layout: Layout) -> None:
+    ranks = found[name, world, layout]
     for number, reference in enumerate(alone[name].outputs):
         outputs = torch.cat([one.outputs[number] for one in ranks])
         torch.testing.assert_close(outputs, reference, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "world", "size"), KEYS)
-def test_every_gradient(found, alone, name: str, world: int, size: int) -> None:
+@every_layout
+def test_every_gradient(found, alone, name: str, world: int, layout: Layout) -> None:
     reference = alone[name].gradients
-    assert all(one.gradients.keys() == reference.keys() for one in found[name, world, size])
+    assert all(one.gradients.keys() == reference.keys() for one in found[name, world, layout])
     for parameter, gradient in reference.items():
-        check_ratio(parameter, whole(found[name, world, size], "gradients", parameter, size), gradient)
+        check_ratio(parameter, whole(found[name, world, layout], "gradients", parameter), gradient.values)
 
 
-@pytest.mark.parametrize(("name", "world", "size"), KEYS)
-def test_norms_and_losses(found, alone, name: str, world: int, size: int) -> None:
-    for one in found[name, world, size]:
+@every_layout
+def test_norms_and_losses(found, alone, name: str, world: int, layout: Layout) -> None:
+    for one in found[name, world, layout]:
         assert one.norms == pytest.approx(alone[name].norms, rel=RATIO)
         for value in ("loss", "lm_loss", "kl", "balance", "tokens", "entropy_ratios", "max_violations"):
             assert getattr(one.report, value) == pytest.approx(getattr(alone[name].report, value), rel=RATIO), value
 
 
-@pytest.mark.parametrize(("name", "world", "size"), KEYS)
-def test_updated_weights_and_selection_biases(found, alone, name: str, world: int, size: int) -> None:
-    ranks = found[name, world, size]
+@every_layout
+def test_updated_weights_and_selection_biases(found, alone, name: str, world: int, layout: Layout) -> None:
+    ranks = found[name, world, layout]
     # Adam divides by √v: where a gradient is nearly zero, its rounding moves the weight, by the learning rate at most.
     tolerance = 1e-5 if CASES[name].optimizer == "sgd" else 2e-4
     for parameter, weight in alone[name].weights.items():
-        torch.testing.assert_close(whole(ranks, "weights", parameter, size), weight, rtol=0, atol=tolerance)
+        torch.testing.assert_close(whole(ranks, "weights", parameter), weight.values, rtol=0, atol=tolerance)
     for one in ranks:
         assert all(torch.equal(*pair) for pair in zip(one.loads, alone[name].loads, strict=True))
 
 
 def test_the_cases_test_something(alone) -> None:
     """Gradients reach all that learns and nothing else, clips bind, and empty experts are empty."""
-    assert all(gradient.any() for gradient in alone["equal experts"].gradients.values())
+    assert all(gradient.values.any() for gradient in alone["equal experts"].gradients.values())
     assert alone["diverse experts with a teacher"].report.kl > 0.01
     for name in ("clipped", "clipped diverse", "one group learns"):
-        squares = sum(float(gradient.double().square().sum()) for gradient in alone[name].gradients.values())
+        squares = sum(float(gradient.values.double().square().sum()) for gradient in alone[name].gradients.values())
         assert math.sqrt(squares) == pytest.approx(min(0.5, alone[name].norms["total"]), rel=1e-4)
     clipped, free = alone["clipped"].norms, alone["equal experts"].norms
     assert clipped["expert"] < 0.5 * free["expert"] and clipped["dense"] == pytest.approx(free["dense"])
     for parameter, gradient in alone["empty experts"].gradients.items():
         if ".experts." in parameter:
-            assert [bool(one.any()) for one in gradient] == [number not in (0, 1, 6) for number in range(8)]
+            assert [bool(one.any()) for one in gradient.values] == [number not in (0, 1, 6) for number in range(8)]
     group = alone["one group learns"]
     before = dict(make_trainer(CASES["one group learns"]).model.named_parameters())
     for parameter, weight in group.weights.items():
-        same = [bool(torch.equal(*pair)) for pair in zip(weight, before[parameter], strict=True)]
+        same = [bool(torch.equal(*pair)) for pair in zip(weight.values, before[parameter], strict=True)]
         if ".experts." in parameter:
             assert same == [True] * 5 + [False] * 3
         elif not parameter.endswith("mlp.gate.weight"):
@@ -120,15 +142,15 @@ def test_the_cases_test_something(alone) -> None:
 
 
 def test_a_checkpoint_does_not_know_its_layout(found, chain: list[Path]) -> None:
-    """EP 2 → 1 → 4 → 2: weights and both moments come back bit for bit."""
+    """FSDP 2 → EP 2 → one process → EP 4 → FSDP 4 × EP 2 → EP 2 → FSDP 4: weights and both moments, bit for bit."""
     for later in chain[1:]:
         assert difference(chain[0], later) == []
     trainer = make_trainer(RESHARDED)
-    assert load(trainer, chain[3]) == 2
+    assert load(trainer, chain[-1]) == 2
     for one in trainer.trainables:
         state = trainer.optimizer.state[one.master]
         assert int(state["step"]) == 2 and state["exp_avg"].any() and state["exp_avg_sq"].any()
-        assert torch.equal(read_weight(chain[2], one.name), one.master)
+        assert torch.equal(read_weight(chain[4], one.name), one.master)
 
 
 def test_a_difference_is_found(found, chain: list[Path], tmp_path: Path) -> None:

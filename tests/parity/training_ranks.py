@@ -17,8 +17,9 @@ from zenray.model.router import TokenChoiceRouter
 from zenray.spec.training import DistillJob, PretrainJob, TrainingJob
 from zenray.training.checkpointing import load, save
 from zenray.training.data.stream import Batch, pack
-from zenray.training.loss import hidden_states
+from zenray.training.layout import layouts_of, local_part
 from zenray.training.mesh import Mesh
+from zenray.training.sharding import let_go
 from zenray.training.trainer import Trainer
 
 VOCABULARY, LENGTH, PASSES = 61, 12, 2
@@ -72,16 +73,37 @@ CASES = {
     "one group learns": Case(BASE, ADAMW, train=("experts/code", "routers"), optimizer="adamw"),
     "adamw": Case(BASE, ADAMW, optimizer="adamw"),
 }
-LAYOUTS = {2: (1, 2), 4: (1, 2, 4)}  # world: expert_parallel
+LAYOUTS = {  # world: (expert_parallel, fully_sharded)
+    1: ((1, True),),
+    2: ((1, False), (2, False), (1, True), (2, True)),
+    4: ((1, False), (2, False), (4, False), (1, True), (2, True), (4, True)),
+}
+Layout = tuple[int, bool]
+
+
+def cases_of(world: int, layout: Layout) -> list[str]:
+    """All on each number of ranks; on the less usual layouts those that differ most."""
+    if layout[1] and (world, layout) not in {(2, (2, True)), (4, (2, True))}:
+        return ["empty experts", "clipped diverse"]
+    return list(CASES)
+
+
+@dataclass
+class Part:
+    """What a rank holds of a tensor."""
+
+    values: torch.Tensor
+    region: tuple[slice, ...]
+    shape: torch.Size
 
 
 @dataclass
 class Found:
-    """One rank's result of one case. Gradients and weights are those of this rank: experts in parts."""
+    """One rank's result of one case."""
 
     outputs: list[torch.Tensor]
-    gradients: dict[str, torch.Tensor]
-    weights: dict[str, torch.Tensor]
+    gradients: dict[str, Part]
+    weights: dict[str, Part]
     norms: dict[str, Any]
     report: Any
     loads: list[torch.Tensor]
@@ -141,23 +163,32 @@ def batches_of(rank: int, world: int, step: int) -> list[Batch]:
 def run_case(case: Case, mesh: Mesh | None = None, rank: int = 0, world: int = 1, steps: int = 1) -> Found:
     trainer = make_trainer(case, mesh)
     with torch.no_grad():
-        outputs = [hidden_states(trainer.model, batch)[0] for batch in batches_of(rank, world, 0)]
+        outputs = [trainer.objective.hidden_states(batch).clone() for batch in batches_of(rank, world, 0)]
+    let_go(trainer.objective)
     report = None
     for step in range(steps):
         report = trainer.step(step, batches_of(rank, world, step))
     biases = [part.bias_E.clone() for part in trainer.model.modules() if getattr(part, "bias_E", None) is not None]
     return Found(
         outputs=outputs,
-        gradients={one.name: one.gradient.clone() for one in trainer.trainables},
-        weights={name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()},
+        gradients=_parts(trainer, {one.name: one.gradient for one in trainer.trainables}),
+        weights=_parts(trainer, {name: local_part(one) for name, one in trainer.model.named_parameters()}),
         norms={"total": report.gradient_norm, **report.gradient_norms},
         report=report,
         loads=biases,
     )
 
 
-def spawn(world: int, folder: Path, chain: tuple[Path, ...]) -> dict[tuple[str, int], list[Found]]:
-    """Every case on every layout of `world` ranks: {(case, expert_parallel): one result for each rank}."""
+def _parts(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+    layouts = layouts_of(trainer.model, trainer.mesh, trainer.bank_sizes)
+    return {
+        name: Part(tensor.detach().clone(), layouts[name].region(), layouts[name].shape)
+        for name, tensor in tensors.items()
+    }
+
+
+def spawn(world: int, folder: Path, chain: tuple[Path, ...]) -> dict[tuple[str, Layout], list[Found]]:
+    """Every case on every layout of `world` ranks: {(case, layout): one result for each rank}."""
     folder.mkdir()
     multiprocessing.spawn(_rank_main, args=(world, str(folder), tuple(map(str, chain))), nprocs=world)
     by_rank = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
@@ -170,30 +201,30 @@ def _rank_main(rank: int, world: int, folder: str, chain: tuple[str, ...]) -> No
     torch.set_flush_denormal(True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     found = {}
-    for expert_size in LAYOUTS[world]:
-        mesh = Mesh.create(expert_size)
-        for name, case in CASES.items():
-            found[name, expert_size] = run_case(case, mesh, rank, world)
+    for layout in LAYOUTS[world]:
+        mesh = Mesh.create(layout[0], fully_sharded=layout[1])
+        for name in cases_of(world, layout):
+            found[name, layout] = run_case(CASES[name], mesh, rank, world)
     _reshard(world, chain)
     torch.save(found, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
 
 
 def _reshard(world: int, chain: tuple[str, ...]) -> None:
-    """Two ranks train at EP 2 and save; four load what one process made of it at EP 4, save, and go back to EP 2."""
-    case = RESHARDED
-    if world == 2:
-        trainer = make_trainer(case, Mesh.create(2))
-        for step in range(2):
-            trainer.step(step, batches_of(dist.get_rank(), 2, step))
-        save(trainer, 2, Path(chain[0]))
-        return
-    source = Path(chain[0])
-    for expert_size, target in zip((4, 2), chain[1:], strict=True):
-        trainer = make_trainer(case, Mesh.create(expert_size))
-        steps = load(trainer, source)
+    """Two ranks train and save; every later checkpoint is what another layout read from the one before."""
+    layouts = CHAINED.get(world, ())
+    source = chain[0] if chain else ""
+    for number, (layout, target) in enumerate(zip(layouts, chain if world == 2 else chain[1:], strict=True)):
+        trainer = make_trainer(RESHARDED, Mesh.create(layout[0], fully_sharded=layout[1]))
+        if world == 2 and number == 0:
+            steps = 2
+            for step in range(steps):
+                trainer.step(step, batches_of(dist.get_rank(), 2, step))
+        else:
+            steps = load(trainer, Path(source))
         save(trainer, steps, Path(target))
-        source = Path(target)
+        source = target
 
 
+CHAINED: dict[int, tuple[Layout, ...]] = {2: ((1, True), (2, False)), 4: ((4, False), (2, True), (2, False), (1, True))}
 RESHARDED = replace(CASES["clipped diverse"], optimizer="adamw")

@@ -11,6 +11,7 @@ from zenray.spec.lineage import BaseVersion, NewVersion
 from zenray.spec.versions import check_name
 
 BuiltinCorpus = Literal["code", "prose", "mathematics"]
+Recompute = Literal["none", "selective", "full"]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -19,8 +20,11 @@ class DataSource(Document):
 
     domain: str = Field(min_length=1)
     path: str | None = Field(
-        None, description="A .jsonl or .parquet file (column `text`), a text file, or a folder of those."
+        None,
+        description="A .jsonl or .parquet file (column `text`), a text file, or a folder of those: on every worker's "
+        "machine, or s3://BUCKET/PREFIX with credentials from the environment.",
     )
+    endpoint_url: str | None = Field(None, description="Of an S3 server other than Amazon's.")
     builtin: BuiltinCorpus | None = Field(
         None, description="code: Python's library; prose: Python's manual; mathematics: sympy's documentation."
     )
@@ -39,6 +43,11 @@ class TrainingData(Document):
     sources: tuple[DataSource, ...] = Field(min_length=1)
     sequence_tokens: int = Field(512, ge=8)
     validation_share: float = Field(0.02, ge=0, le=0.5, description="Documents kept from training, to measure on.")
+    tokenised_by: Literal["workers", "cluster"] = Field(
+        "workers",
+        description="workers: each machine turns all text into tokens for itself. cluster: Ray Data does it once, file "
+        "by file over all machines, and keeps the tokens in the store.",
+    )
 
     @model_validator(mode="after")
     def _domains_differ(self) -> TrainingData:
@@ -70,6 +79,10 @@ class Workers(Document):
 
     count: int = Field(1, ge=1)
     expert_parallel: int = Field(1, ge=1, description="Workers that share one set of experts; divides count.")
+    fully_sharded: bool = Field(
+        False,
+        description="Cut every weight, gradient and moment over the workers (FSDP, ZeRO-3): less memory, more traffic.",
+    )
     gpu: bool = Field(False, description="One GPU for each worker, and NCCL; otherwise CPUs and gloo.")
     cpus: float = Field(1, gt=0, description="CPUs that Ray sets aside for each worker.")
     max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint; -1: without limit.")
@@ -86,8 +99,35 @@ class Workers(Document):
 
 
 class Checkpoints(Document):
+    """Written in the background while training goes on. A run that is started again goes on from the last one."""
+
     every_steps: int = Field(100, ge=1)
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, description="Of the newest; older ones are deleted.")
+    upload_patience_s: float = Field(
+        600, ge=0, description="A store that is away is tried again for so long, then the run fails."
+    )
+    most_waiting: int = Field(2, ge=1, description="Unsent checkpoints on a worker's disk before training waits.")
+
+
+class Faults(Document):
+    """What a run does about steps that would spoil it.
+
+    A step is not finite when its loss or gradient norm is infinite or no number. It diverges when its loss is above
+    the median of the last `window_steps` steps by more than `deviations` robust standard deviations (1.4826 times the
+    median distance from the median) and by more than `least_rise`; the first `window_steps` steps are not judged so.
+
+    skip: nothing is learnt from the step. roll_back: the last checkpoint is taken up again, and goes on with the data
+    after the step's. stop: the run ends; its last checkpoint is from before the step.
+    """
+
+    not_finite: Literal["skip", "roll_back", "stop"] = "skip"
+    diverging: Literal["ignore", "skip", "roll_back", "stop"] = "ignore"
+    window_steps: int = Field(32, ge=4)
+    deviations: Positive = 8.0
+    least_rise: Positive = 1.0
+    most_in_a_row: int = Field(
+        10, ge=1, description="After so many steps skipped, or rollbacks without a new checkpoint, the run stops."
+    )
 
 
 class Evaluation(Document):
@@ -116,16 +156,23 @@ class _TrainingJob(Document):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the arithmetic; bfloat16 keeps float32 master weights."
     )
-    activation_checkpointing: bool = Field(True, description="Recompute layers in the backward pass: less memory.")
-    not_finite: Literal["skip", "stop"] = Field(
-        "skip", description="On a loss or gradient that is not finite: leave the step out, or end the run."
+    activation_checkpointing: Recompute = Field(
+        "full",
+        description="Less memory for more computing: the backward pass recomputes whole layers (full; true), or only "
+        "what is cheap, keeping products and attention (selective), or nothing (none; false).",
     )
+    faults: Faults = Faults()
     seed: int = 0
     stock_format: Literal["none", "exact", "replicate"] = Field(
         "none",
         description="Also publish a format that stock Qwen3-MoE or Mixtral classes load, under their name: where that "
         "is exact, or also with dense layers said as equal experts. Refused where no class says the model.",
     )
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: object) -> object:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("name")
     @classmethod

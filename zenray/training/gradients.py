@@ -2,7 +2,7 @@
 
 Each worker's loss is its part of a sum over the whole batch, so gradients are added up, never averaged: a dense
 parameter's over all workers, an expert's over those that hold it, because within a group every token's contribution
-has already reached it. There is no factor to get wrong.
+has already reached it. There is no factor to get wrong. Where weights are sharded, FSDP has added up the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from zenray.training.mesh import Mesh, sum_of
-from zenray.training.trainable import Trainable
+from zenray.training.trainable import Kind, Trainable
 
 BUCKET_BYTES = 64 << 20
 
@@ -43,7 +43,7 @@ def reduce_gradients(trainables: Sequence[Trainable], mesh: Mesh) -> None:
             one.master.grad = torch.zeros_like(one.master)
         if one.bank is not None and one.bank.frozen:
             one.gradient[list(one.bank.frozen)] = 0
-    if mesh.world == 1:
+    if mesh.world == 1 or mesh.fully_sharded:
         return
     groups: dict[bool, list[Tensor]] = defaultdict(list)
     for one in trainables:
@@ -75,15 +75,13 @@ def clip_gradients(
 
     An expert's gradient is that of its gate, up and down matrices in one layer.
     """
-    squares = _expert_squares(trainables, mesh)
+    squares, by_kind = _squares(trainables, mesh)
     scales = {}
     for bank, square_E in squares.items():
         scales[bank] = torch.ones_like(square_E)
         if expert_clip_norm is not None:
             scales[bank] = (expert_clip_norm / (square_E.sqrt() + 1e-6)).clamp(max=1.0)
-    by_kind = {"expert": sum_of([(squares[bank] * scales[bank].square()).sum() for bank in squares])}
-    for kind in ("dense", "router"):
-        by_kind[kind] = sum_of([_square(one.gradient) for one in trainables if one.kind == kind])
+    by_kind["expert"] = sum_of([(squares[bank] * scales[bank].square()).sum() for bank in squares])
     total = float(sum_of(list(by_kind.values())).sqrt())
     whole = min(1.0, clip_norm / (total + 1e-6))
     for one in trainables:
@@ -99,10 +97,10 @@ def clip_gradients(
     )
 
 
-def _expert_squares(trainables: Sequence[Trainable], mesh: Mesh) -> dict[str, Tensor]:
-    """‖g‖² of every expert of every bank, double, the same on all workers: each is computed by the rank that holds it.
+def _squares(trainables: Sequence[Trainable], mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """‖g‖² of every expert of every bank, and of all dense parameters and all routers; double, the same on all workers.
 
-    A sum with zeros is exact, so the layout does not show.
+    An expert's is the sum over those that hold parts of it. A sum with zeros is exact, so the layout does not show.
     """
     squares: dict[str, Tensor] = {}
     for one in trainables:
@@ -110,11 +108,16 @@ def _expert_squares(trainables: Sequence[Trainable], mesh: Mesh) -> dict[str, Te
             empty = torch.zeros(one.bank.count, dtype=torch.double, device=one.gradient.device)
             square_E = squares.setdefault(one.bank.layer, empty)
             square_E[one.bank.mine] += _square(one.gradient.flatten(1), dim=1)
-    if squares and mesh.expert_size > 1:
-        flat = mesh.add_up_experts(torch.cat(list(squares.values())))
-        parts = flat.split([square.numel() for square in squares.values()])
-        squares = dict(zip(squares, parts, strict=True))
-    return squares
+    kinds: tuple[Kind, ...] = ("dense", "router")
+    by_kind = {kind: sum_of([_square(one.gradient) for one in trainables if one.kind == kind]) for kind in kinds}
+    held_once = squares | (by_kind if mesh.fully_sharded else {})
+    if held_once:
+        parts = mesh.add_up_parts(torch.cat([square.flatten() for square in held_once.values()]))
+        for square, summed in zip(
+            held_once.values(), parts.split([one.numel() for one in held_once.values()]), strict=True
+        ):
+            square.copy_(summed.view_as(square))
+    return squares, by_kind
 
 
 def _square(gradient: Tensor, dim: int | None = None) -> Tensor:

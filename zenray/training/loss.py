@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zenray.model.balance import RouterStats
@@ -58,6 +58,31 @@ def head_loss(
     Forward KL, weighted over teachers (zen-mode blog; τ² as in arXiv 1503.02531). In the memory of one chunk's logits.
     """
     return HeadLoss(*_ChunkedHead.apply(h_TD, head_VD, labels_T, tuple(teachers), distillation, temperature))
+
+
+class Objective(nn.Module):
+    """A network with its loss: the one module in whose forward pass every weight is used, the head's too."""
+
+    def __init__(self, model: MoDE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        batch: Batch,
+        teachers: Sequence[TeacherStates] = (),
+        *,
+        distillation: float = 0.0,
+        temperature: float = 1.0,
+    ) -> tuple[HeadLoss, list[RouterStats]]:
+        h_TD, stats = hidden_states(self.model, batch)
+        head_VD, labels_T = self.model.lm_head.weight, batch.labels_BS.flatten()
+        loss = head_loss(h_TD, head_VD, labels_T, teachers, distillation=distillation, temperature=temperature)
+        return loss, stats
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """h_TD alone. Afterwards the head's weight is whole until the next pass."""
+        return hidden_states(self.model, batch)[0]
 
 
 def _chunk_loss(

@@ -1,7 +1,8 @@
 """Who computes what: workers as a grid of replicas by expert-parallel ranks.
 
 All workers are data-parallel to one another. Neighbouring ranks form an expert group, which shares one set of experts;
-ranks of the same place in their groups hold the same experts.
+ranks of the same place in their groups hold the same experts. Fully sharded (ZeRO-3, arXiv 1910.02054), workers that
+would hold the same weights hold parts of them: of dense ones all workers, of an expert's its replicas.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from zenray.spec.errors import InvalidValue
 
 @dataclass(frozen=True)
 class Mesh:
-    """This worker's place. `device_mesh` has the axes (replica, expert); None: one process, no process group."""
+    """This worker's place. `device_mesh` has the axes (expert, replica): experts are cut by the first axis first.
+
+    None: one process, no process group. `everyone` is all workers in a line, where weights are fully sharded.
+    """
 
     device_mesh: DeviceMesh | None = None
     expert_size: int = 1
+    everyone: DeviceMesh | None = None
 
     @classmethod
-    def create(cls, expert_size: int, device: str = "cpu") -> Mesh:
+    def create(cls, expert_size: int, device: str = "cpu", *, fully_sharded: bool = False) -> Mesh:
         """The grid over the current process group; one worker where there is none. Collective. InvalidValue."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % expert_size:
@@ -36,8 +41,21 @@ class Mesh:
             )
         if not dist.is_initialized():
             return cls()
-        grid = init_device_mesh(device, (world // expert_size, expert_size), mesh_dim_names=("replica", "expert"))
-        return cls(grid, expert_size)
+        ranks = torch.arange(world).view(-1, expert_size).t()
+        grid = DeviceMesh(device, ranks, mesh_dim_names=("expert", "replica"))
+        everyone = init_device_mesh(device, (world,), mesh_dim_names=("everyone",)) if fully_sharded else None
+        return cls(grid, expert_size, everyone)
+
+    @property
+    def fully_sharded(self) -> bool:
+        return self.everyone is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this worker computes."""
+        if self.device_mesh is None or self.device_mesh.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.device_mesh.device_type, torch.accelerator.current_device_index())
 
     @property
     def world(self) -> int:
@@ -73,11 +91,22 @@ class Mesh:
             dist.all_reduce(tensor, group=self.expert_group)
         return tensor
 
+    def add_up_parts(self, tensor: Tensor) -> Tensor:
+        """The sum, in place, of what the workers found about their parts of the weights, each part counted once.
+
+        What is said here of a weight that several workers hold alike must be said by one of them only.
+        """
+        return self.add_up(tensor) if self.fully_sharded else self.add_up_experts(tensor)
+
     def chunk(self, count: int, rank: int | None = None) -> slice:
         """Which of `count` experts a rank of the group holds (this one: None): as torch.chunk and DTensor cut."""
-        rank = self.expert_rank if rank is None else rank
-        size = -(-count // self.expert_size)
-        return slice(min(rank * size, count), min((rank + 1) * size, count))
+        return chunk(count, self.expert_size, self.expert_rank if rank is None else rank)
+
+
+def chunk(count: int, ranks: int, rank: int) -> slice:
+    """Which of `count` things a rank holds, as torch.chunk and DTensor cut: the last ranks may have fewer, or none."""
+    size = -(-count // ranks)
+    return slice(min(rank * size, count), min((rank + 1) * size, count))
 
 
 def sum_of(tensors: list[Tensor]) -> Tensor:

@@ -11,12 +11,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from zenray.model.network import MoDE
 from zenray.model.router import Router
 from zenray.spec.errors import InvalidValue, suggest
 from zenray.training.expert_parallel import expert_banks
-from zenray.training.mesh import Mesh
+from zenray.training.mesh import Mesh, chunk
 
 Kind = Literal["dense", "router", "expert"]
 
@@ -34,7 +35,8 @@ class BankPlace:
 
 @dataclass
 class Trainable:
-    """One parameter. `master` is what the optimiser moves: the parameter itself in float32, else a float32 copy."""
+    """One parameter. `master` is what the optimiser moves, in float32: the parameter itself, this worker's part of it
+    where it is sharded (in the same memory), or a copy of one in half precision."""
 
     name: str
     kind: Kind
@@ -43,34 +45,58 @@ class Trainable:
     bank: BankPlace | None = None
 
     @property
+    def is_sharded(self) -> bool:
+        return isinstance(self.parameter, DTensor)
+
+    @property
     def gradient(self) -> Tensor:
         assert self.master.grad is not None
         return self.master.grad
 
 
-def select(model: MoDE, mesh: Mesh, parts: Sequence[str], sizes: dict[str, int]) -> list[Trainable]:
-    """The parameters that learn, in the network's order; all others are frozen, in place.
+def choose(model: MoDE, parts: Sequence[str], sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> None:
+    """Freeze, in place, all parameters that do not learn, and round them to the arithmetic's `dtype`.
 
-    `parts`: "dense", "routers", "experts", "experts/GROUP". `sizes`: of every bank before it was cut. A bank of which
-    only some experts learn has `BankPlace.frozen`. InvalidValue for an unknown group, or when nothing is left.
+    `parts`: "dense", "routers", "experts", "experts/GROUP". `sizes`: of every bank before it was cut. InvalidValue for
+    an unknown group, or when nothing is left.
     """
     learning = _learning_experts(model, parts)
-    places = _bank_places(model, mesh, learning, sizes)
-    routers = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Router)}
-    found = []
+    ranges = _bank_ranges(model, sizes)
+    routers = _router_names(model)
+    found = False
     for name, parameter in model.named_parameters():
-        place = places.get(name.rpartition(".")[0])
-        kind: Kind = "expert" if place else "router" if name in routers else "dense"
-        if place:
-            held = range(place.first, place.first + place.count)
+        held = ranges.get(name.rpartition(".")[0])
+        if held is not None:
             learns = any(expert in learning for expert in held)
         else:
-            learns = ("routers" if kind == "router" else "dense") in parts
+            learns = ("routers" if name in routers else "dense") in parts
         parameter.requires_grad_(learns)
-        if learns:
-            found.append(Trainable(name, kind, parameter, _master(parameter), place))
+        if not learns:
+            parameter.data = parameter.data.to(dtype)
+        found = found or learns
     if not found:
         raise InvalidValue(f"Nothing of this network is in {', '.join(parts)}: nothing would learn.", param="train")
+
+
+def trainables(
+    model: MoDE, mesh: Mesh, parts: Sequence[str], sizes: dict[str, int], dtype: torch.dtype = torch.float32
+) -> list[Trainable]:
+    """The parameters that learn, in the network's order, once they lie as they will. In place, what is not sharded is
+    rounded to the arithmetic's `dtype`; where FSDP gathers weights, it rounds them.
+
+    A bank of which only some experts learn has `BankPlace.frozen`.
+    """
+    learning = _learning_experts(model, parts)
+    ranges = _bank_ranges(model, sizes)
+    routers = _router_names(model)
+    found = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            bank = name.rpartition(".")[0]
+            held = ranges.get(bank)
+            place = None if held is None else _place(bank, held, parameter, mesh, learning)
+            kind: Kind = "expert" if place else "router" if name in routers else "dense"
+            found.append(Trainable(name, kind, parameter, _master(parameter, dtype), place))
     return found
 
 
@@ -91,23 +117,39 @@ def _learning_experts(model: MoDE, parts: Sequence[str]) -> set[int]:
     return {expert for name in names for expert in model.config.group_range(name)}
 
 
-def _bank_places(model: MoDE, mesh: Mesh, learning: set[int], sizes: dict[str, int]) -> dict[str, BankPlace]:
-    places: dict[str, BankPlace] = {}
+def _router_names(model: MoDE) -> set[str]:
+    return {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Router)}
+
+
+def _bank_ranges(model: MoDE, sizes: dict[str, int]) -> dict[str, range]:
+    """The experts of each bank, by their numbers in the layer."""
+    ranges: dict[str, range] = {}
     before: dict[str, int] = {}  # experts of the layer's earlier banks
     for name, _ in expert_banks(model):
         layer = name.partition(".experts")[0]
-        first, count = before.get(layer, 0), sizes[name]
-        before[layer] = first + count
-        mine = mesh.chunk(count)
-        frozen = [local for local in range(mine.stop - mine.start) if first + mine.start + local not in learning]
-        places[name] = BankPlace(name, first, count, mine, tuple(frozen))
-    return places
+        first = before.get(layer, 0)
+        ranges[name] = range(first, first + sizes[name])
+        before[layer] = first + sizes[name]
+    return ranges
 
 
-def _master(parameter: nn.Parameter) -> Tensor:
-    if parameter.dtype == torch.float32:
+def _place(bank: str, held: range, parameter: nn.Parameter, mesh: Mesh, learning: set[int]) -> BankPlace:
+    mine = mesh.chunk(len(held))
+    if isinstance(parameter, DTensor) and parameter.placements == (Shard(0),):
+        part = chunk(mine.stop - mine.start, parameter.device_mesh.size(), parameter.device_mesh.get_local_rank())
+        mine = slice(mine.start + part.start, mine.start + part.stop)
+    frozen = [local for local, expert in enumerate(held[mine]) if expert not in learning]
+    return BankPlace(bank, held.start, len(held), mine, tuple(frozen))
+
+
+def _master(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach().requires_grad_()
+    if dtype == torch.float32:
         return parameter
-    return parameter.detach().float().requires_grad_()
+    master = parameter.detach().clone().requires_grad_()
+    parameter.data = parameter.data.to(dtype)
+    return master
 
 
 def named_tensors(model: MoDE) -> dict[str, Tensor]:
@@ -117,19 +159,22 @@ def named_tensors(model: MoDE) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def collect_gradients(trainables: Sequence[Trainable]) -> None:
-    """Move what the last backward pass left in half precision into the masters' float32 sums. Idempotent."""
+    """Move what the last backward pass left into the masters: sums in float32 where it was half precision, this
+    worker's part where it is sharded. Idempotent."""
     for one in trainables:
-        if one.master is one.parameter:
+        gradient = one.parameter.grad
+        if one.master is one.parameter or gradient is None:
             continue
-        if one.parameter.grad is not None:
-            gradient = one.parameter.grad.float()
-            one.master.grad = gradient if one.master.grad is None else one.master.grad.add_(gradient)
-            one.parameter.grad = None
+        if isinstance(gradient, DTensor):  # whole, after the last pass: FSDP adds up those before
+            one.master.grad = gradient.to_local()
+        else:
+            one.master.grad = gradient.float() if one.master.grad is None else one.master.grad.add_(gradient)
+        one.parameter.grad = None
 
 
 @torch.no_grad()
 def publish_masters(trainables: Sequence[Trainable]) -> None:
     """Round the masters into the network, after the optimiser moved them or a checkpoint was read."""
     for one in trainables:
-        if one.master is not one.parameter:
+        if one.master is not one.parameter and not one.is_sharded:
             one.parameter.copy_(one.master)

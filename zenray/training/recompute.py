@@ -1,0 +1,65 @@
+"""Activation checkpointing: what a layer's forward pass throws away and the backward pass computes again.
+
+full        all of a layer but its input (arXiv 1604.06174)
+selective   what is cheap: norms, activations, rows put in order; results of matrix products, attention and
+            exchanges between workers are kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from zenray.model.network import MoDE
+from zenray.spec.training import Recompute
+
+
+def recompute(model: MoDE, what: Recompute) -> None:
+    """Set what the network's layers recompute, in place. Once, before the weights are sharded."""
+    model.model.gradient_checkpointing = False  # the decoder's own wraps FSDP's hooks; ours lies within them
+    if what == "none":
+        return
+    for layer in model.model.layers:
+        layer.forward = _recomputed(layer, layer.forward, what)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], what: Recompute) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False}
+    if what == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+
+    def run(*inputs: Any) -> Any:
+        if not (layer.training and torch.is_grad_enabled()):
+            return forward(*inputs)
+        return checkpoint(forward, *inputs, **options)
+
+    return run
+
+
+def _policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _kept() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _kept() -> set[Any]:
+    """Operations that cost more than the memory of their result."""
+    aten, collectives = torch.ops.aten, torch.ops._c10d_functional
+    found = {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.linear.default,
+        aten._grouped_mm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        collectives.all_to_all_single.default,
+        collectives.wait_tensor.default,
+    }
+    if torch.backends.mkldnn.is_available():
+        found.add(torch.ops.mkldnn._linear_pointwise.default)
+    return found

@@ -1,0 +1,68 @@
+"""Fully sharded weights (ZeRO-3, arXiv 1910.02054) by torch's FSDP2: no worker holds a whole network between steps.
+
+A layer's weights are gathered before they are used and let go after; gradients are scattered to those who own the
+parts. Dense weights are cut over all workers, an expert's over the workers that hold it: an expert group has cut the
+experts themselves before (see `expert_parallel`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from zenray.model.feed_forward import MixtureOfExperts
+from zenray.training.expert_parallel import expert_banks
+from zenray.training.layout import expert_placement
+from zenray.training.loss import Objective
+from zenray.training.mesh import Mesh
+
+
+def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype, sizes: dict[str, int]) -> None:
+    """Cut the weights of `objective` in place, `dtype` being that of the arithmetic. Collective.
+
+    `sizes`: experts of every bank before it was cut. Nothing is done where `mesh` is not fully sharded. Gradients are
+    summed in float32, not averaged: the loss is a share of the whole batch's already. From then on the network may be
+    run by `objective` alone.
+    """
+    if mesh.everyone is None or mesh.device_mesh is None:
+        return
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    model = objective.model
+    cuts = {
+        weight: expert_placement(sizes[name], weight.shape[1], mesh)
+        for name, bank in expert_banks(model)
+        for weight in bank.parameters()
+    }
+    empty = {weight for weight in cuts if weight.shape[0] == 0}  # of a worker without experts: FSDP knows no such thing
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, MixtureOfExperts):
+            fully_shard(
+                layer.mlp.experts,
+                mesh=mesh.device_mesh["replica"],
+                shard_placement_fn=cuts.get,
+                mp_policy=precision,
+                ignored_params=empty,
+            )
+        fully_shard(layer, mesh=mesh.everyone, mp_policy=precision)
+    if not model.config.tie_word_embeddings:
+        fully_shard(model.model.embed_tokens, mesh=mesh.everyone, mp_policy=precision)
+    fully_shard(objective, mesh=mesh.everyone, mp_policy=precision)
+    register_fsdp_forward_method(objective, "hidden_states")
+    for part in objective.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
+            part.set_reduce_scatter_unused_params(True)
+
+
+def add_up_gradients(objective: nn.Module, is_last: bool) -> None:
+    """Whether the next backward pass scatters gradients: only a step's last one needs to."""
+    if isinstance(objective, FSDPModule):
+        objective.set_requires_gradient_sync(is_last)
+
+
+def let_go(objective: nn.Module) -> None:
+    """Back to this worker's parts, after a forward pass that no backward pass follows."""
+    if isinstance(objective, FSDPModule):
+        objective.reshard()
