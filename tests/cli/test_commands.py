@@ -40,6 +40,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     client = ControlClient("http://control", token)
     client._http = http
     monkeypatch.setattr(ControlClient, "connect", lambda home: client)
+    http.built = built  # type: ignore[attr-defined]  # for tests that carry out the reconcilers' rounds
     return http
 
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tests.training.tiny import END, job, write_text, write_version
 from zenray.spec.errors import InvalidValue, NotFound
 from zenray.spec.training import DataSource, TrainingData
-from zenray.training.data.__main__ import main
 from zenray.training.data.corpus import builtin_documents
 from zenray.training.data.documents import identity, read_documents, write_corpus
 from zenray.training.data.stream import IGNORED, PackedDomain, SequenceStream, pack
@@ -183,9 +182,3 @@ def test_the_corpus_of_every_machine(tmp_path: Path) -> None:
 def test_data_that_makes_no_sense_is_refused(sources, message) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingData(sources=sources)
-
-
-def test_the_command_writes_the_corpus(tmp_path: Path, capsys) -> None:
-    assert main([str(tmp_path / "corpus"), "--domains", "prose"]) == 0
-    assert "prose.jsonl: 7" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "corpus").iterdir()] == ["prose.jsonl"]

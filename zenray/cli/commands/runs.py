@@ -1,34 +1,84 @@
-"""Run a job file: make a model out of another, or train one."""
+"""Run a job file: make a model out of another, train one, measure one, or all of it in phases."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from zenray.cli.client import ControlClient
+from zenray.cli.following import JobFailed, LiveView, follow
 from zenray.cli.home import Home
-from zenray.spec.documents import Document
-from zenray.spec.jobs import UpcycleJob, load_job
-from zenray.spec.training import DistillJob, PretrainJob
+from zenray.cli.output import console
+from zenray.cli.supervisor.parts import last_lines
+from zenray.spec.job_events import Ended, JobEvent, parse_event
+from zenray.spec.jobs import Job, job_id, load_job, with_absolute_paths
+from zenray.storage.job_record import job_journal, launch_arguments, write_job
+from zenray.storage.opening import open_store
+from zenray.storage.pinning import pin
 
-RUNNERS: dict[type[Document], str] = {
-    UpcycleJob: "zenray.model.upcycling",
-    PretrainJob: "zenray.training",
-    DistillJob: "zenray.training",
-}
+POLL_S = 0.3
 
 
-def run(file: Annotated[Path, typer.Argument(help="A job file, such as jobs/upcycle-smollm2.yaml.")]) -> None:
-    """Run a job on this machine and publish what it makes. Its base version must be in the store."""
-    job = load_job(file)  # every error of the file is shown before a process is started
+def run(
+    file: Annotated[Path, typer.Argument(help="A job file, such as jobs/upcycle-smollm2.yaml.")],
+    follow_it: Annotated[bool, typer.Option("--follow", help="Stay, and show how it goes until it is over.")] = False,
+) -> None:
+    """Run a job and publish what it makes: on the platform, or in the foreground where none runs.
+
+    The same file again is the same job: it is followed, gone on with if it failed, or done.
+    """
+    job = with_absolute_paths(load_job(file))  # every error of the file is shown before anything is started
     home = Home.from_environment()
+    if "ZENRAY_CONTROL_URL" not in os.environ and home.running_or_none() is None:
+        console.print(f"No platform runs from {home.root}: the job runs here, in the foreground.")
+        run_here(job, home)
+        return
+    client = ControlClient.connect(home)
+    row = client.post("/admin/jobs", job.model_dump(mode="json"))
+    console.print(f"{row['id']} is {row['state']}; `zenray jobs show {row['name']}` shows how far it is.")
+    if follow_it:
+        follow(client, row["id"])
+
+
+def run_here(job: Job, home: Home) -> None:
+    """In a process of its own (it needs torch, which nothing here imports), followed by its journal. JobFailed."""
     storage = home.storage()
-    command = [sys.executable, "-m", RUNNERS[type(job)], str(file), "--store", storage.uri]
-    command += ["--work-dir", str(home.cache / "jobs")]
-    if storage.endpoint_url:
-        command += ["--endpoint-url", storage.endpoint_url]
-    # A process of its own, because it needs torch, which nothing on the command line imports.
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    store = open_store(storage)
+    job = pin(job, store)
+    id = job_id(job)
+    write_job(store, id, job)
+    journal = job_journal(store, id)
+    place = journal.end()
+    log_file = home.logs / "jobs" / f"{id}.log"
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "zenray.training", *launch_arguments(id, storage, str(home.cache / "jobs"))]
+    last: JobEvent | None = None
+    with log_file.open("wb") as log, LiveView() as view:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            is_over = False
+            while not is_over:
+                is_over = child.poll() is not None  # before the last look, which then sees all
+                records, place = journal.read(place)
+                for record in records:
+                    last = parse_event(record)
+                    view.show(last)
+                time.sleep(0 if is_over else POLL_S)
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    if child.returncode == 0:
+        console.print(f"{job.name} succeeded.")
+        return
+    said = last.message if isinstance(last, Ended) and last.message else "\n".join(last_lines(log_file))
+    raise JobFailed(
+        f"{job.name} failed: {said or f'its process ended with {child.returncode}'}",
+        hint=f"What it printed is in {log_file}. Run it again to go on from its last checkpoint.",
+    )

@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from zenray.spec.errors import InvalidValue, NotFound
 from zenray.spec.training import DataSource
+from zenray.storage.arrow import arrow_filesystem
 from zenray.training.data.corpus import builtin_documents, builtin_version
 
 _SUFFIXES = (".jsonl", ".parquet", ".txt", ".md", ".py")
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file of a source, on this machine or in S3. May be pickled; holds no secret."""
+
+    filesystem: FileSystem
+    path: str
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+    def documents(self) -> Iterator[str]:
+        """Its texts, one after the other, never all in memory but for plain text. InvalidValue for broken lines."""
+        if self.suffix == ".parquet":
+            import pyarrow.parquet
+
+            with self.filesystem.open_input_file(self.path) as file:
+                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(columns=["text"], batch_size=1024):
+                    yield from (text for text in batch.column("text").to_pylist() if text)
+        elif self.suffix == ".jsonl":
+            with self.filesystem.open_input_stream(self.path) as file:
+                for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8"), 1):
+                    if line.strip():
+                        yield _text_of(line, self.path, number)
+        else:
+            with self.filesystem.open_input_stream(self.path) as file:
+                yield file.read().decode("utf-8", errors="replace")
+
+    def digest(self) -> bytes:
+        """SHA-256 of its bytes. Reads all of it."""
+        found = hashlib.sha256()
+        with self.filesystem.open_input_stream(self.path) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                found.update(chunk)
+        return found.digest()
 
 
 def read_documents(source: DataSource) -> Iterator[str]:
@@ -19,41 +63,33 @@ def read_documents(source: DataSource) -> Iterator[str]:
     if source.builtin is not None:
         yield from builtin_documents(source.builtin)
         return
+    for file in source_files(source):
+        yield from file.documents()
+
+
+def source_files(source: DataSource) -> list[TextFile]:
+    """The files of the source's path, itself or those below it, in the order of their names. NotFound."""
     assert source.path is not None
-    for path in source_files(Path(source.path)):
-        yield from _read_file(path)
+    uri = source.path if "://" in source.path else f"file:{Path(source.path).absolute()}"
+    filesystem, root = arrow_filesystem(uri, source.endpoint_url)
+    about = filesystem.get_file_info(root)
+    if about.type == FileType.NotFound:
+        raise NotFound(
+            f"{source.path}: no such file or folder.", hint="A data source names a file, or a folder of files."
+        )
+    if about.type == FileType.File:
+        return [TextFile(filesystem, root)]
+    below = filesystem.get_file_info(FileSelector(root, recursive=True))
+    found = sorted((info.path for info in below if info.is_file), key=lambda path: PurePosixPath(path).parts)
+    files = [TextFile(filesystem, path) for path in found if PurePosixPath(path).suffix in _SUFFIXES]
+    if not files:
+        raise NotFound(f"{source.path} has no file that ends in {', '.join(_SUFFIXES)}.")
+    return files
 
 
-def source_files(path: Path) -> list[Path]:
-    """The files of `path`, itself or those below it, in the order of their names."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise NotFound(f"{path}: no such file or folder.", hint="A data source names a file, or a folder of files.")
-    found = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-    if not found:
-        raise NotFound(f"{path} has no file that ends in {', '.join(_SUFFIXES)}.")
-    return found
-
-
-def _read_file(path: Path) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _text_of(line, path, number)
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from (text for text in batch.column("text").to_pylist() if text)
-    else:
-        yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def _text_of(line: str, path: Path, number: int) -> str:
+def _text_of(line: str, path: str, number: int) -> str:
     try:
-        text = json.loads(line)["text"]
+        text: Any = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidValue(f"{path}:{number} is not a JSON object with a key `text`: {error!r}.") from None
     if not isinstance(text, str):
@@ -65,16 +101,21 @@ def identity(source: DataSource) -> str:
     """What the texts are, without reading those of installed packages: their versions, or a SHA-256 over the files."""
     if source.builtin is not None:
         return builtin_version(source.builtin)
-    assert source.path is not None
-    found = hashlib.sha256()
-    for path in source_files(Path(source.path)):
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{found.hexdigest()}"
+    return identity_of_files(file.digest() for file in source_files(source))
 
 
-def write_corpus(folder: Path, sources: Iterable[DataSource]) -> dict[str, int]:
-    """One `DOMAIN.jsonl` for each source, each line {"text", "domain"}; returns documents per domain."""
+def identity_of_files(digests: Iterable[bytes]) -> str:
+    """A source's identity from its files' SHA-256, in their order."""
+    return f"sha256:{hashlib.sha256(b''.join(digests)).hexdigest()}"
+
+
+def write_corpus(
+    folder: Path, sources: Iterable[DataSource], progress: Callable[[str, int], None] = lambda domain, done: None
+) -> dict[str, int]:
+    """One `DOMAIN.jsonl` for each source, each line {"text", "domain"}; returns documents per domain.
+
+    `progress` is told each domain's documents so far.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
     for source in sources:
@@ -83,4 +124,5 @@ def write_corpus(folder: Path, sources: Iterable[DataSource]) -> dict[str, int]:
             for text in read_documents(source):
                 file.write(json.dumps({"text": text, "domain": source.domain}, ensure_ascii=False) + "\n")
                 counts[source.domain] += 1
+                progress(source.domain, counts[source.domain])
     return counts

@@ -1,6 +1,7 @@
 """Tokens on disk: each domain's documents, tokenised once, ended by the end token, kept from then on as one array.
 
 A document's fate (training or validation, and its place in the order) depends on the seed and its position alone.
+Text and tokens are never in memory as a whole: what grows with a domain there is eight bytes for each document.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,9 +24,11 @@ from tokenizers import Tokenizer
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import DataSource, TrainingData
 from zenray.training.data.documents import identity, read_documents
+from zenray.training.data.shards import TokenShards
 
 FORMAT = 1  # goes into the fingerprint: changed when the files' layout or the order changes
 _BATCH = 256
+_RAW = "raw"
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,20 @@ class TokenFolder:
         return {domain: len(self.load(domain, "train")) for domain in self.domains}
 
 
-def prepare(data: TrainingData, tokenizer_file: Path, end_token: int, seed: int, cache: Path) -> TokenFolder:
+def prepare(
+    data: TrainingData,
+    tokenizer_file: Path,
+    end_token: int,
+    seed: int,
+    cache: Path,
+    shards: TokenShards | None = None,
+) -> TokenFolder:
     """The tokens of `data`, made in `cache` unless they are there. Blocks; several processes may call it at once.
 
-    Idempotent: the folder's name is a digest of the texts, the tokenizer, the split and the seed.
+    Idempotent: the folder's name is a digest of the texts, the tokenizer, the split and the seed. `shards`: tokens that
+    the cluster has made of these texts already; the result is the same with and without.
     """
-    texts = {source.domain: identity(source) for source in data.sources}
+    texts = shards.identities(data) if shards else {source.domain: identity(source) for source in data.sources}
     about = {
         "format": FORMAT,
         "texts": texts,
@@ -82,8 +95,13 @@ def prepare(data: TrainingData, tokenizer_file: Path, end_token: int, seed: int,
         partial = Path(tempfile.mkdtemp(dir=cache, prefix=f"{name}-partial-"))
         try:
             tokenizer = Tokenizer.from_file(str(tokenizer_file))
+            dtype = token_dtype(tokenizer, end_token)
             for index, source in enumerate(data.sources):
-                _tokenise(source, tokenizer, end_token, seed, data.validation_share, partial / str(index))
+                if shards and shards.has(source):
+                    documents: Iterable[np.ndarray] = shards.documents(source)
+                else:
+                    documents = encoded(read_documents(source), tokenizer, end_token)
+                _lay_out(source, documents, dtype, seed, data.validation_share, partial / str(index))
             (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, folder)
         finally:
@@ -91,27 +109,49 @@ def prepare(data: TrainingData, tokenizer_file: Path, end_token: int, seed: int,
     return made
 
 
-def _tokenise(source: DataSource, tokenizer: Tokenizer, end: int, seed: int, validation: float, stem: Path) -> None:
-    largest = tokenizer.get_vocab_size()
-    dtype = np.uint16 if max(largest, end + 1) <= 1 << 16 else np.uint32
-    documents: list[np.ndarray] = []
-    texts = read_documents(source)
+def token_dtype(tokenizer: Tokenizer, end_token: int) -> type[np.unsignedinteger]:
+    """The smallest that holds every token."""
+    return np.uint16 if max(tokenizer.get_vocab_size(), end_token + 1) <= 1 << 16 else np.uint32
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer, end_token: int) -> Iterator[np.ndarray]:
+    """Each document's tokens with the end token after them."""
+    dtype, texts = token_dtype(tokenizer, end_token), iter(texts)
     while batch := list(islice(texts, _BATCH)):
-        encoded = tokenizer.encode_batch(batch, add_special_tokens=False)
-        documents += [np.array([*one.ids, end], dtype=dtype) for one in encoded]
-    order = np.random.default_rng(_number(seed, source.domain)).permutation(len(documents))
-    held_out = round(len(documents) * validation)
-    for part, chosen in (("validation", order[:held_out]), ("train", order[held_out:])):
-        pieces = [documents[index] for index in chosen]
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype)
-        starts = np.cumsum([0, *(len(piece) for piece in pieces)])
-        np.save(f"{stem}-{part}.tokens.npy", tokens)
-        np.save(f"{stem}-{part}.starts.npy", starts)
-    if held_out == len(documents):
+        for one in tokenizer.encode_batch(batch, add_special_tokens=False):
+            yield np.array([*one.ids, end_token], dtype=dtype)
+
+
+def _lay_out(
+    source: DataSource, documents: Iterable[np.ndarray], dtype: type, seed: int, validation: float, stem: Path
+) -> None:
+    """Write the documents as they come, then once more in the order of training, both parts."""
+    lengths = array("q")
+    raw = Path(f"{stem}.{_RAW}")
+    with raw.open("wb") as file:
+        for document in documents:
+            file.write(document.astype(dtype, copy=False).data)
+            lengths.append(len(document))
+    order = np.random.default_rng(_number(seed, source.domain)).permutation(len(lengths))
+    held_out = round(len(lengths) * validation)
+    if held_out == len(lengths):
         raise InvalidValue(
-            f"Domain {source.domain!r} has {len(documents)} documents, of which {held_out} are held out.",
+            f"Domain {source.domain!r} has {len(lengths)} documents, of which {held_out} are held out.",
             hint="Add documents, or lower validation_share.",
         )
+    begins = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    written = np.memmap(raw, dtype=dtype, mode="r")
+    for part, chosen in (("validation", order[:held_out]), ("train", order[held_out:])):
+        sizes = begins[chosen + 1] - begins[chosen]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        np.save(f"{stem}-{part}.starts.npy", starts)
+        with open(f"{stem}-{part}.tokens.npy", "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (int(starts[-1]),)})
+            for document in chosen:
+                file.write(written[begins[document] : begins[document + 1]].data)
+    del written
+    raw.unlink()
 
 
 def _number(seed: int, *path: str | int) -> int:

@@ -10,6 +10,11 @@ depends_on = None
 
 
 def upgrade() -> None:
+    _jobs()
+    _events()
+
+
+def _jobs() -> None:
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(length=100), nullable=False),
@@ -31,6 +36,9 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_jobs_name"), "jobs", ["name"], unique=False)
     op.create_index(op.f("ix_jobs_state"), "jobs", ["state"], unique=False)
+
+
+def _events() -> None:
     op.create_table(
         "job_events",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
