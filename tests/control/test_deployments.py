@@ -143,6 +143,51 @@ def test_a_broken_revision_leaves_the_old_one_serving_and_says_why(platform: Pla
     assert broken not in platform.cluster.serve_status().applications  # its memory is free again
 
 
+def test_a_canary_reaches_the_gateways_and_ends_in_the_route_of_all(platform: Platform) -> None:
+    old = platform.put("1")
+    platform.rounds(8)
+    platform.put("2", canary={"weight": 0.25, "for_s": 20}, engine={"max_model_len": 128})
+    platform.rounds(8)
+    route = platform.route()
+    assert route is not None and route.canary is not None and route.revision == old.view.wanted
+    new = platform.look()
+    application = new.applications[new.view.wanted]
+    assert (route.canary.revision, route.canary.weight) == (new.view.wanted, 0.25)
+    assert route.canary.engine_key == engine_key_of(application) != route.engine_key
+    assert all(new.view.wanted in endpoint.url for endpoint in route.canary.endpoints) and route.canary.endpoints
+    assert route.context_tokens == 128  # what may go to either must fit into both
+    assert ReplicaLaunch.model_validate(application.args).deployment.canary is None
+    platform.rounds(20)
+    route = platform.route()
+    assert route is not None and route.canary is None and route.revision == new.view.wanted
+
+
+def test_a_canary_that_breaks_leaves_the_route_and_is_explained(platform: Platform) -> None:
+    old = platform.put("1")
+    platform.rounds(8)
+    platform.put("2", canary={"weight": 0.25, "for_s": 600})
+    platform.rounds(8)
+    platform.cluster.fail(platform.look().view.wanted, "it ran out of memory")
+    platform.rounds(2)
+    route, loaded = platform.route(), platform.look()
+    assert route is not None and route.canary is None and route.revision == old.view.wanted
+    assert route.state is RouteState.READY and route.endpoints
+    assert loaded.view.message is not None and "it ran out of memory" in loaded.view.message
+
+
+def test_the_same_wish_without_a_canary_promotes_it(platform: Platform) -> None:
+    platform.put("1")
+    platform.rounds(8)
+    platform.put("2", canary={"weight": 0.25, "for_s": 600})
+    platform.rounds(8)
+    applied = len(platform.cluster.applied)
+    platform.put("2")
+    platform.rounds(1)
+    route = platform.route()
+    assert route is not None and route.canary is None and route.revision == platform.look().view.wanted
+    assert len(platform.cluster.applied) == applied  # the same application, only more of the requests
+
+
 def test_a_failed_deployment_is_tried_again_when_it_is_asked_for_again(platform: Platform) -> None:
     name = platform.put().view.wanted
     platform.cluster.fail(name, "shard is corrupt")

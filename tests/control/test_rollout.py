@@ -18,7 +18,7 @@ from zenray.control.deployments.rollout import (
     decide,
     unreachable,
 )
-from zenray.spec.deployments import Autoscaling, DeploymentSpec, DeploymentState
+from zenray.spec.deployments import Autoscaling, Canary, DeploymentSpec, DeploymentState
 from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
 
 State, App = DeploymentState, ApplicationState
@@ -33,9 +33,13 @@ def revision(
 
 
 def view(
-    *revisions: RevisionView, wanted: str = "a", stop: bool = False, state: State = State.PENDING
+    *revisions: RevisionView,
+    wanted: str = "a",
+    stop: bool = False,
+    state: State = State.PENDING,
+    canary: Canary | None = None,
 ) -> DeploymentView:
-    return DeploymentView("m", wanted, stop, state, None, revisions)
+    return DeploymentView("m", wanted, stop, state, None, revisions, canary)
 
 
 def app(name: str, state: App, replicas: int = 0, message: str = "", starting: int = 0) -> ApplicationStatus:
@@ -135,6 +139,73 @@ def test_a_broken_new_revision_never_takes_traffic_and_the_old_one_stays() -> No
     assert decide(broken, serve(old), 10_000.0) == broken
 
 
+CANARY = Canary(weight=0.1, for_s=60)
+OLD, NEW = app("a", App.RUNNING, replicas=1), app("b", App.RUNNING, replicas=1)
+
+
+def in_canary(since: float = 0.0) -> DeploymentView:
+    return view(
+        revision("a", Phase.SERVING, was_ready=True),
+        revision("b", Phase.CANARY, since=since),
+        wanted="b",
+        state=State.READY,
+        canary=CANARY,
+    )
+
+
+def test_a_canary_takes_a_share_and_then_all() -> None:
+    start = replace(
+        in_canary(), revisions=(revision("a", Phase.SERVING, was_ready=True), revision("b", Phase.CANDIDATE))
+    )
+    trial = decide(start, serve(OLD, NEW), 5.0)
+    assert phases(trial) == {"a": Phase.SERVING, "b": Phase.CANARY} and trial.state is State.READY
+    assert trial.message == "b is a canary with 10% of the requests for 60 s, a has the rest"
+    assert decide(trial, serve(OLD, NEW), 5.0 + 59.9) == trial
+    promoted = decide(trial, serve(OLD, NEW), 5.0 + 60)
+    assert phases(promoted) == {"a": Phase.DRAINING, "b": Phase.SERVING} and promoted.message is None
+
+
+@pytest.mark.parametrize("broken", [App.UNHEALTHY, App.DEPLOY_FAILED])
+def test_a_canary_that_fails_gets_nothing_any_more_and_says_why(broken: App) -> None:
+    hurt = decide(in_canary(), serve(OLD, app("b", broken, replicas=1, message="out of memory")), 9.0)
+    assert phases(hurt) == {"a": Phase.SERVING, "b": Phase.FAILED} and hurt.state is State.READY
+    assert hurt.message is not None and hurt.message.startswith("b failed, a goes on serving: ")
+    assert hurt.message.endswith("out of memory")
+    assert decide(hurt, serve(OLD), 9.0 + 10 * RETRY_FAILED_S) == hurt  # not before somebody asks for it again
+
+
+def test_a_canary_that_ray_has_lost_begins_anew() -> None:
+    lost = decide(in_canary(), serve(OLD, app("b", App.RUNNING)), 30.0)
+    assert phases(lost) == {"a": Phase.SERVING, "b": Phase.CANDIDATE}
+    back = decide(lost, serve(OLD, NEW), 40.0)
+    assert phases(back)["b"] is Phase.CANARY
+    assert phases(decide(back, serve(OLD, NEW), 99.0))["b"] is Phase.CANARY
+    assert phases(decide(back, serve(OLD, NEW), 100.0))["b"] is Phase.SERVING
+
+
+def test_a_canary_takes_all_when_the_old_one_cannot_serve_or_the_wish_is_without() -> None:
+    assert phases(decide(in_canary(), serve(NEW), 1.0)) == {"a": Phase.DRAINING, "b": Phase.SERVING}
+    promoted = decide(replace(in_canary(), canary=None), serve(OLD, NEW), 1.0)
+    assert phases(promoted) == {"a": Phase.DRAINING, "b": Phase.SERVING}
+
+
+def test_a_canary_that_is_no_longer_wanted_drains() -> None:
+    back = decide(replace(in_canary(), wanted="a", canary=None), serve(OLD, NEW), 1.0)
+    assert phases(back) == {"a": Phase.SERVING, "b": Phase.DRAINING} and back.message is None
+    assert phases(decide(back, serve(OLD, NEW), 1.0 + DRAIN_SETTLE_S))["b"] is Phase.GONE
+
+
+def test_a_first_revision_needs_no_canary() -> None:
+    first = view(revision("a", Phase.CANDIDATE), canary=CANARY)
+    assert phases(decide(first, serve(OLD), 1.0)) == {"a": Phase.SERVING}
+
+
+def test_how_a_spec_takes_over_makes_no_revision_of_its_own() -> None:
+    assert SPEC.model_copy(update={"canary": CANARY}).revision() == SPEC.revision()
+    with pytest.raises(ValueError, match="canary must be awake"):
+        DeploymentSpec(model="m", version="1", autoscaling=Autoscaling(min_replicas=0), canary=CANARY)
+
+
 def test_a_wish_changed_back_and_forth_keeps_what_serves() -> None:
     start = view(
         revision("a", Phase.SERVING, was_ready=True),
@@ -215,7 +286,12 @@ def test_whatever_ray_says_traffic_moves_only_to_what_is_ready(
     for wanted, *states, elapsed in rounds:
         now += float(elapsed)  # type: ignore[arg-type]
         status = serve(*[app(name, *each) for name, each in zip("abc", states, strict=True) if each])  # type: ignore[misc]
-        before = replace(current, wanted=wanted, stop=data.draw(st.integers(0, 5)) == 0)
+        before = replace(
+            current,
+            wanted=wanted,
+            stop=data.draw(st.integers(0, 5)) == 0,
+            canary=data.draw(st.sampled_from([None, CANARY])),
+        )
         after = decide(before, status, now)
         was, is_ = before.serving(), after.serving()
         assert sum(each.phase is Phase.SERVING for each in after.revisions) <= 1
@@ -231,4 +307,10 @@ def test_whatever_ray_says_traffic_moves_only_to_what_is_ready(
             assert not (old.phase is Phase.SERVING and new.phase is Phase.GONE)
         if after.state.takes_traffic:
             assert is_ is not None
+        trial = after.in_canary()
+        if trial is not None:  # only what is wanted and runs gets a share, beside one that serves, for a bounded time
+            found = status.applications[trial.name]
+            assert trial.name == wanted and found.state is App.RUNNING and found.replica_urls
+            assert after.canary is not None and now - trial.since < CANARY.for_s
+            assert is_ is not None and is_.name != trial.name
         current = after

@@ -44,6 +44,9 @@ class Engine:
     async def ask(self, *_: object, **__: object) -> Engine:
         return self
 
+    def draw_canary(self, _: object) -> None:
+        return None
+
     async def read(self) -> bytes:
         return self._raw
 

@@ -84,6 +84,7 @@ class Proxy:
             if disconnect.gone:
                 raise ClientGone from None
             raise
+        canary = self._upstream.draw_canary(route)
         try:
             charge = self._meter.open(
                 request_id=reply.request_id,
@@ -93,7 +94,7 @@ class Proxy:
                 model_asked=asked.model,
                 model_answered=asked.model,
                 adapter=None,
-                quantization=route.entry.quantization,
+                quantization=canary.quantization if canary else route.entry.quantization,
                 price=route.entry.price,
                 reserve_nano_usd=reserved_nano_usd,
                 choices=asked.choices,
@@ -114,6 +115,7 @@ class Proxy:
                 work=asked.choices,
                 # Organisations share no cache, by their salts.
                 prefix=lambda: name_blocks(f"{asked.model}:{org}", prompt_prefix(asked.body)),
+                canary=canary.revision if canary else None,
             )
             await self._pass_on(asked, route, answer, bill, reply)
         except asyncio.CancelledError:

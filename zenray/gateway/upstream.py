@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+import random
+from collections.abc import Callable, Collection, Sequence
 
 import aiohttp
 
@@ -13,8 +14,8 @@ from zenray.gateway.http_client import Client, Connection, Lost, Unreachable
 from zenray.gateway.replica_choice import PrefixMemory, choose
 from zenray.gateway.snapshot import Directory, Route
 from zenray.spec.clock import Clock
+from zenray.spec.edge import CanaryRoute, RouteState
 from zenray.spec.edge import Endpoint as Replica
-from zenray.spec.edge import RouteState
 from zenray.spec.errors import ModelNotReady, Unavailable, UpstreamFailed, ZenrayError
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ class Answer:
 class Upstream:
     """Asks replicas for one gateway process."""
 
-    def __init__(self, client: Client, directory: Directory, clock: Clock) -> None:
+    def __init__(
+        self, client: Client, directory: Directory, clock: Clock, draw: Callable[[], float] = random.random
+    ) -> None:
+        """`draw`: evenly from [0, 1)."""
         self.outstanding: dict[str, int] = {}
         self._client = client
         self._directory = directory
@@ -52,6 +56,12 @@ class Upstream:
         self._suspect_until: dict[str, float] = {}
         self._prefixes = PrefixMemory()
         self._turn = 0
+        self._draw = draw
+
+    def draw_canary(self, route: Route) -> CanaryRoute | None:
+        """The route's canary for as large a share of the requests as its weight, None for the others."""
+        canary = route.entry.canary
+        return canary if canary is not None and self._draw() < canary.weight else None
 
     async def ask(
         self,
@@ -62,10 +72,12 @@ class Upstream:
         *,
         work: int = 1,
         prefix: Callable[[], list[int]] | None = None,
+        canary: str | None = None,
     ) -> Answer:
         """Send to the replica that `choose` names; return when its answer has begun, whatever its status.
 
         `work`: the choices that are asked for. `prefix`: the prompt's first blocks, asked for when there is a choice.
+        `canary`: the revision that was drawn; its replicas are tried first, and the route's own after them.
         A replica that cannot be reached, or says 503, is passed over for the next. When one breaks the connection
         before it has answered anything, the request is sent once more, and not a third time, since the request itself
         may be what kills them. Raises Unavailable (503) when none is left, UpstreamFailed (502) when it was lost.
@@ -75,15 +87,23 @@ class Upstream:
         busy = False
         while True:
             route = self._directory.routes.get(model)
-            replica = self._next(route, tried, prefix) if route else None
-            if route is None or replica is None:
+            if route is None:
+                break
+            trial = route.entry.canary
+            if trial is not None and trial.revision == canary:
+                replica, engine_key = self._next(trial.endpoints, tried, prefix), trial.engine_key
+            else:
+                replica = None
+            if replica is None:
+                replica, engine_key = self._next(route.entry.endpoints, tried, prefix), route.entry.engine_key
+            if replica is None:
                 break
             tried.add(replica.replica_id)
             self.outstanding[replica.replica_id] = self.outstanding.get(replica.replica_id, 0) + work
             answered = False
             try:
                 response = await self._client.post(
-                    replica.url, path, bearer=route.entry.engine_key, request_id=request_id, body=body
+                    replica.url, path, bearer=engine_key, request_id=request_id, body=body
                 )
                 if response.status == 503:
                     response.release()
@@ -118,8 +138,9 @@ class Upstream:
         else:
             del self.outstanding[replica_id]
 
-    def _next(self, route: Route, tried: Collection[str], prefix: Callable[[], list[int]] | None) -> Replica | None:
-        replicas = route.entry.endpoints
+    def _next(
+        self, replicas: Sequence[Replica], tried: Collection[str], prefix: Callable[[], list[int]] | None
+    ) -> Replica | None:
         if len(replicas) == 1 and not tried:
             return replicas[0]
         self._turn += 1

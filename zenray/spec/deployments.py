@@ -39,6 +39,42 @@ class Autoscaling(Document):
         return self
 
 
+class Draft(Document):
+    """Speculative decoding: tokens are guessed cheaply, and the model then checks several of them at once."""
+
+    model: str | None = Field(
+        None, description="A smaller model with the same tokens. None: guesses are looked up in the text so far."
+    )
+    version: str | None = Field(None, description="None: the newest published one.")
+    format: str = "safetensors"
+    tokens: int = Field(3, ge=1, le=16, description="Guesses that are checked at once.")
+
+    @model_validator(mode="after")
+    def _a_version_of_something(self) -> Draft:
+        if self.model is None and self.version is not None:
+            raise ValueError("draft.version is given without draft.model")
+        return self
+
+    def ref(self) -> VersionRef | None:
+        """The exact version of the drafting model; None when there is none. ValueError until control has chosen it."""
+        if self.model is None:
+            return None
+        if self.version is None:
+            raise ValueError(f"{self.model}: no version chosen yet")
+        return VersionRef(model=self.model, version=self.version, format=self.format)
+
+
+class ContextScaling(Document):
+    """YaRN (arXiv 2309.00071): the context is `original_tokens` x `factor`."""
+
+    factor: float = Field(gt=1)
+    original_tokens: int = Field(ge=16, description="The context with which the model was trained.")
+
+    @property
+    def context_tokens(self) -> int:
+        return round(self.factor * self.original_tokens)
+
+
 class EngineSettings(Document):
     """How one replica runs the model."""
 
@@ -55,14 +91,36 @@ class EngineSettings(Document):
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share every layer.")
     pipeline_parallel: int = Field(1, ge=1, description="Groups of such GPUs, each with some of the layers.")
     expert_parallel: bool = Field(False, description="Experts lie whole on the GPUs that share a layer, not cut.")
+    data_parallel: int = Field(
+        1, ge=1, description="Copies of all but the experts of a mixture, which are spread over all of them."
+    )
+    expert_offload_bytes: int = Field(
+        0, ge=0, description="Of the experts of each GPU, so much stays in the machine's memory."
+    )
+    draft: Draft | None = Field(None, description="Speculative decoding.")
+    context_scaling: ContextScaling | None = Field(
+        None, description="None: the catalog's, where max_model_len goes beyond what the model was trained with."
+    )
     gpu_memory_bytes: int | None = Field(
         None, ge=1 << 30, description="Of one GPU. Given: what does not fit is refused before anything starts."
     )
 
     @property
+    def sequences_per_rank(self) -> int:
+        """Sequences that each data parallel rank computes at once, so that all together compute `max_num_seqs`."""
+        return -(-self.max_num_seqs // self.data_parallel)
+
+    @property
     def gpus(self) -> int:
         """GPUs that the layout takes, all of one machine."""
-        return self.tensor_parallel * self.pipeline_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+
+class Canary(Document):
+    """A new revision gets a share of the requests first. If it fails meanwhile, the old one goes on with all."""
+
+    weight: float = Field(0.05, gt=0, lt=1, description="Share of the requests.")
+    for_s: float = Field(600, gt=0, description="Then the new revision gets all.")
 
 
 class DeploymentSpec(Document):
@@ -79,6 +137,16 @@ class DeploymentSpec(Document):
         600, ge=0, description="At least the longest stream: a replica drains this long."
     )
 
+    canary: Canary | None = Field(
+        None, description="How this spec takes over from an older revision; None: at once, when it is ready."
+    )
+
+    @model_validator(mode="after")
+    def _canary_runs(self) -> DeploymentSpec:
+        if self.canary is not None and self.autoscaling.min_replicas == 0:
+            raise ValueError("a canary must be awake: set autoscaling.min_replicas to 1 or more, or leave canary out")
+        return self
+
     def ref(self) -> VersionRef:
         """The exact version. ValueError while `version` is None: control resolves it first."""
         if self.version is None:
@@ -86,11 +154,12 @@ class DeploymentSpec(Document):
         return VersionRef(model=self.model, version=self.version, format=self.format)
 
     def revision(self) -> str:
-        """The name of the immutable Serve application that runs exactly this spec.
+        """The name of the immutable Serve application that runs exactly this spec, however it takes over.
 
         Defaults are left out of the digest: a field that a later zenray adds does not start every model anew.
         """
-        digest = hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:8]
+        document = self.model_dump_json(exclude={"canary"}, exclude_defaults=True)
+        digest = hashlib.sha256(document.encode()).hexdigest()[:8]
         return f"{self.model}--{self.version}--{digest}"
 
 

@@ -53,6 +53,16 @@ class Endpoint(_Wire):
     url: str  # "http://127.0.0.1:30001/app-prefix"
 
 
+class CanaryRoute(_Wire):
+    """A new revision that gets a share of a route's requests. Whom it cannot answer, the route's own replicas do."""
+
+    revision: str
+    weight: float = Field(gt=0, lt=1)
+    endpoints: tuple[Endpoint, ...]
+    engine_key: str
+    quantization: str | None = None
+
+
 class RouteEntry(_Wire):
     """A model that clients may name, and where it is answered."""
 
@@ -71,6 +81,7 @@ class RouteEntry(_Wire):
     template_overhead_tokens: int = Field(64, description="Bound on what the chat template adds to a request.")
     quantization: str | None = None
     modalities: tuple[str, ...] = ("text",)
+    canary: CanaryRoute | None = None
 
 
 class Snapshot(_Wire):

@@ -22,6 +22,7 @@ class ApplicationFactory:
     new_key: Callable[[], str] = lambda: secrets.token_urlsafe(32)
 
     def make(self, spec: DeploymentSpec) -> ServeApplication:
+        spec = spec.model_copy(update={"canary": None})  # how it takes over is no part of what runs
         launch = ReplicaLaunch(deployment=spec, storage=self.storage, cache_dir=self.cache_dir)
         name = spec.revision()
         return ServeApplication(

@@ -11,7 +11,7 @@ from zenray.control.db.published import Kind, PublishedEntry
 from zenray.control.deployments.applications import spec_of
 from zenray.control.deployments.rollout import DeploymentView, Phase, RevisionView
 from zenray.control.deployments.tables import Deployment, DeploymentEvent, Revision
-from zenray.spec.deployments import DeploymentState
+from zenray.spec.deployments import Canary, DeploymentState
 from zenray.spec.serving import ServeApplication
 
 
@@ -65,6 +65,7 @@ def write(session: Session, before: DeploymentView | None, after: DeploymentView
         _record(session, after, None, before.state if before else None, after.message, now)
     row.wanted_revision, row.stop = after.wanted, after.stop
     row.state, row.message = after.state, after.message
+    row.canary = after.canary.model_dump_json() if after.canary else None
     row.row_version += 1
     row.updated_at = now
     session.flush()
@@ -104,6 +105,7 @@ def _loaded(row: Deployment, revisions: list[Revision], published: str | None) -
         stop=row.stop,
         state=DeploymentState(row.state),
         message=row.message,
+        canary=Canary.model_validate_json(row.canary) if row.canary else None,
         revisions=tuple(
             RevisionView(
                 name=r.name,

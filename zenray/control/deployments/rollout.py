@@ -2,7 +2,9 @@
 
 A changed wish is rolled out by a second application beside the first: it is brought up as a candidate, takes the
 traffic when it is ready, and only then does the old one drain and go. A candidate that fails takes no traffic, leaves
-the wish (so that its memory is free again), and the old one goes on serving.
+the wish (so that its memory is free again), and the old one goes on serving. With a canary in the wish a ready
+candidate takes a share of the traffic for some time first; if it fails then, it is a failed candidate too. The share
+is given only beside an old revision that can serve: where that cannot, the canary takes all.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from zenray.spec.deployments import DeploymentSpec, DeploymentState
+from zenray.spec.deployments import Canary, DeploymentSpec, DeploymentState
 from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
 
 # How long an application is kept after its route was withdrawn, for gateways to hear of it. After that it is deleted,
@@ -21,10 +23,11 @@ RETRY_FAILED_S = 60.0
 
 
 class Phase(StrEnum):
-    """A revision's life: queued → candidate → serving → draining → gone; candidate or serving → failed → queued."""
+    """A revision's life: queued → candidate (→ canary) → serving → draining → gone; any that runs → failed → queued."""
 
     QUEUED = "queued"  # waits until an older application of the same name is gone
     CANDIDATE = "candidate"  # is to run; takes no traffic yet
+    CANARY = "canary"  # takes a share of the traffic, beside the one that serves
     SERVING = "serving"  # takes the traffic
     DRAINING = "draining"  # gets no new traffic; is deleted soon
     GONE = "gone"
@@ -33,7 +36,7 @@ class Phase(StrEnum):
     @property
     def in_serve(self) -> bool:
         """Whether Ray Serve is to have the application."""
-        return self in (Phase.CANDIDATE, Phase.SERVING, Phase.DRAINING)
+        return self in (Phase.CANDIDATE, Phase.CANARY, Phase.SERVING, Phase.DRAINING)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ class RevisionView:
 
 @dataclass(frozen=True)
 class DeploymentView:
-    """A deployment as the database has it. `wanted` names one of `revisions`; `stop`: it was undeployed."""
+    """A deployment as the database has it. `wanted` names one of `revisions`; `stop`: it was undeployed.
+
+    `canary`: how the wanted revision takes over; None: at once.
+    """
 
     model: str
     wanted: str
@@ -59,9 +65,16 @@ class DeploymentView:
     state: DeploymentState
     message: str | None
     revisions: tuple[RevisionView, ...]
+    canary: Canary | None = None
 
     def serving(self) -> RevisionView | None:
-        return next((r for r in self.revisions if r.phase is Phase.SERVING), None)
+        return self._in(Phase.SERVING)
+
+    def in_canary(self) -> RevisionView | None:
+        return self._in(Phase.CANARY)
+
+    def _in(self, phase: Phase) -> RevisionView | None:
+        return next((r for r in self.revisions if r.phase is phase), None)
 
 
 def decide(view: DeploymentView, status: ServeStatus, now: float) -> DeploymentView:
@@ -69,7 +82,8 @@ def decide(view: DeploymentView, status: ServeStatus, now: float) -> DeploymentV
     if view.stop:
         return _wind_down(view, status, now)
     by_name = {revision.name: revision for revision in view.revisions}
-    wanted = _advance(by_name.pop(view.wanted), status.applications.get(view.wanted), now)
+    canary = view.canary if _can_serve(view.serving(), status) else None
+    wanted = _advance(by_name.pop(view.wanted), status.applications.get(view.wanted), canary, now)
     others = [_retire(revision, wanted.phase is Phase.SERVING, now) for revision in by_name.values()]
     revisions = tuple(
         wanted if r.name == wanted.name else next(o for o in others if o.name == r.name) for r in view.revisions
@@ -84,8 +98,8 @@ def unreachable(view: DeploymentView, reason: str) -> DeploymentView:
     return replace(view, message=reason)
 
 
-def _advance(revision: RevisionView, app: ApplicationStatus | None, now: float) -> RevisionView:
-    """The wanted revision, one step further."""
+def _advance(revision: RevisionView, app: ApplicationStatus | None, canary: Canary | None, now: float) -> RevisionView:
+    """The wanted revision, one step further. `canary` is None where there is no other that can serve."""
     if revision.phase is Phase.GONE:
         return revision.to(Phase.QUEUED, now)
     if revision.phase is Phase.DRAINING:  # wanted again before it was deleted
@@ -99,12 +113,32 @@ def _advance(revision: RevisionView, app: ApplicationStatus | None, now: float) 
         return revision.to(Phase.FAILED, now, _reason(app))
     if revision.phase is Phase.SERVING:
         return revision
+    if revision.phase is Phase.CANARY:
+        return _advance_canary(revision, app, canary, now)
     if app is not None and _is_ready(revision.spec, app):
-        return replace(revision.to(Phase.SERVING, now), was_ready=True)
+        return replace(revision.to(Phase.CANARY if canary else Phase.SERVING, now), was_ready=not canary)
     if now - revision.since > START_TIMEOUT_S:
         said = f" Ray Serve says: {app.message}" if app and app.message else ""
         return revision.to(Phase.FAILED, now, f"No replica was ready after {START_TIMEOUT_S / 60:.0f} minutes.{said}")
     return revision
+
+
+def _advance_canary(
+    revision: RevisionView, app: ApplicationStatus | None, canary: Canary | None, now: float
+) -> RevisionView:
+    if app is not None and app.state is ApplicationState.UNHEALTHY:
+        return revision.to(Phase.FAILED, now, f"It became unhealthy as a canary: {_reason(app)}")
+    if app is None or not _is_ready(revision.spec, app):
+        return revision.to(Phase.CANDIDATE, now)  # Ray has lost it, and is given it again; its time starts anew
+    if canary is None or now - revision.since >= canary.for_s:
+        return replace(revision.to(Phase.SERVING, now), was_ready=True)
+    return revision
+
+
+def _can_serve(revision: RevisionView | None, status: ServeStatus) -> bool:
+    """Whether a revision has a replica, or is only asleep."""
+    app = status.applications.get(revision.name) if revision is not None else None
+    return revision is not None and app is not None and _is_ready(revision.spec, app)
 
 
 def _is_ready(spec: DeploymentSpec, app: ApplicationStatus) -> bool:
@@ -117,6 +151,8 @@ def _retire(revision: RevisionView, replaced: bool, now: float) -> RevisionView:
     """A revision that is not wanted any more. The one that serves does so until the wanted one has replaced it."""
     if revision.phase is Phase.SERVING:
         return revision.to(Phase.DRAINING, now) if replaced else revision
+    if revision.phase is Phase.CANARY:
+        return revision.to(Phase.DRAINING, now, "Replaced while it was a canary.")
     if revision.phase is Phase.DRAINING:
         return revision.to(Phase.GONE, now) if now - revision.since >= DRAIN_SETTLE_S else revision
     if revision.phase in (Phase.QUEUED, Phase.CANDIDATE):
@@ -139,7 +175,7 @@ def _with_state(view: DeploymentView, wanted: RevisionView, status: ServeStatus)
         return replace(view, state=state, message=message)
     state, message = _state_of_serving(serving, status.applications.get(serving.name))
     if serving.name != wanted.name:
-        message = _rollout_note(wanted, serving, status.applications.get(wanted.name))
+        message = _rollout_note(wanted, serving, status.applications.get(wanted.name), view.canary)
     return replace(view, state=state, message=message)
 
 
@@ -166,7 +202,12 @@ def _state_of_serving(serving: RevisionView, app: ApplicationStatus | None) -> t
     return DeploymentState.STARTING, app.message or "No replica runs; Ray Serve is starting one."
 
 
-def _rollout_note(wanted: RevisionView, serving: RevisionView, app: ApplicationStatus | None) -> str:
+def _rollout_note(
+    wanted: RevisionView, serving: RevisionView, app: ApplicationStatus | None, canary: Canary | None
+) -> str:
+    if wanted.phase is Phase.CANARY and canary is not None:
+        share = f"{100 * canary.weight:g}% of the requests for {canary.for_s:g} s"
+        return f"{wanted.name} is a canary with {share}, {serving.name} has the rest"
     if wanted.phase is Phase.FAILED:
         return f"{wanted.name} failed, {serving.name} goes on serving: {wanted.message}"
     said = f": {app.message}" if app and app.message else ""

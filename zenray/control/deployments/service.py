@@ -25,7 +25,10 @@ class VersionSource(Protocol):
 
 
 def put_deployment(session: Session, spec: DeploymentSpec, factory: ApplicationFactory, *, now: float) -> Loaded:
-    """Asks for exactly this spec (`version` filled in). The same again is a no-op, or, if it failed, a new attempt."""
+    """Asks for exactly this spec (`version` filled in). The same again is a no-op, or, if it failed, a new attempt.
+
+    Only another `canary` changes how the same revision takes over: without one, a canary is promoted.
+    """
     name = spec.revision()
     row = session.get(Deployment, spec.model, with_for_update=True)
     if row is None:
@@ -62,8 +65,12 @@ def put_deployment(session: Session, spec: DeploymentSpec, factory: ApplicationF
         and before.view.wanted == name
         and not _has_failed(before.view, name)
     ):
-        return before
-    write(session, before.view if before else None, _asked_for(current.view, name, now), now=now)
+        if before.view.canary == spec.canary:
+            return before
+        write(session, before.view, replace(before.view, canary=spec.canary), now=now)
+        return _load(session, spec.model)
+    asked = replace(_asked_for(current.view, name, now), canary=spec.canary)
+    write(session, before.view if before else None, asked, now=now)
     return _load(session, spec.model)
 
 

@@ -19,6 +19,7 @@ class Deployment(Base):
     stop: Mapped[bool] = mapped_column(Boolean)  # undeployed: bring everything down
     state: Mapped[str] = mapped_column(String(16))
     message: Mapped[str | None] = mapped_column(Text)
+    canary: Mapped[str | None] = mapped_column(Text)  # JSON of the wish's spec.deployments.Canary
     row_version: Mapped[int] = mapped_column(Integer)
     created_at: Mapped[float] = mapped_column(Double)
     updated_at: Mapped[float] = mapped_column(Double)
