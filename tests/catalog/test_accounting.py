@@ -182,6 +182,30 @@ def test_expert_parallel_needs_experts_that_divide_not_widths() -> None:
     assert two.weights_bytes == (one.weights_bytes - router_and_norms) // 2 + router_and_norms
 
 
+def test_data_parallel_copies_all_but_experts() -> None:
+    mixture = dense(ffn_width=0, heads=4, kv_heads=2, moe={"experts": 4, "top_k": 2, "expert_width": 8})
+    one, cut, whole = (
+        memory_per_gpu(mixture, layout, bytes_per_parameter=1, sequences=3, context_tokens=10)[0]
+        for layout in (Layout(), Layout(data_parallel=2), Layout(data_parallel=2, expert_parallel=True))
+    )
+    routed = count_parameters(mixture).routed_experts
+    assert cut.weights_bytes == whole.weights_bytes == one.weights_bytes - routed // 2
+    assert cut.kv_cache_bytes == one.kv_cache_bytes
+    assert legal_tensor_parallel(mixture, data_parallel=3) == ()
+    assert legal_tensor_parallel(mixture, expert_parallel=True, data_parallel=2) == (1, 2)
+    with pytest.raises(InvalidValue, match=r"tensor_parallel 1 \(with data_parallel 3\).*another data_parallel"):
+        memory_per_gpu(mixture, Layout(data_parallel=3), bytes_per_parameter=1)
+
+
+def test_no_more_is_offloaded_than_there_are_experts() -> None:
+    mixture = dense(ffn_width=0, heads=4, kv_heads=2, moe={"experts": 4, "top_k": 2, "expert_width": 8})
+    routed = count_parameters(mixture).routed_experts
+    for asked, moved in ((0, 0), (100, 100), (10**9, routed // 2)):
+        (gpu,) = memory_per_gpu(mixture, Layout(2), bytes_per_parameter=1, expert_offload_bytes=asked)
+        assert gpu.offloaded_bytes == moved
+        assert gpu.total_bytes == gpu.weights_bytes - moved
+
+
 def test_key_heads_are_repeated_when_there_are_more_ranks() -> None:
     four = dense(heads=4, kv_heads=1, ffn_width=8)
     one, spread = (

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.cluster.scripted_apps import Publisher
+from tests.serving.tiny_model import make_tiny_model
 from zenray.serving.autoscaling import _RUNNING_REQUESTS, POLICY_PATH, autoscaling_options, signals_of
 from zenray.serving.engine.base import EngineLaunch, EngineLoad
 from zenray.serving.engine.wire import FINGERPRINT, Wire
@@ -228,11 +229,65 @@ def test_vllm_knows_every_argument_that_it_is_given(tmp_path: Any) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
     from vllm.v1.engine import utils
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     from zenray.serving.engine.vllm import engine_arguments
 
-    for gpus in (0, 1):
-        launch = EngineLaunch(model="m", settings=EngineSettings(), cpus=1, gpus=gpus)
+    large = EngineSettings.model_validate(
+        {
+            "tensor_parallel": 2,
+            "data_parallel": 2,
+            "expert_parallel": True,
+            "expert_offload_bytes": 1 << 30,
+            "draft": {"tokens": 2},
+        }
+    )
+    for gpus, settings in ((0, EngineSettings()), (1, EngineSettings()), (4, large)):
+        launch = EngineLaunch(model="m", settings=settings, cpus=1, gpus=gpus)
         assert AsyncEngineArgs(**engine_arguments(launch, tmp_path)).served_model_name == ["m"]
     assert FrontendArgs(enable_prompt_tokens_details=True, disable_fastapi_docs=True).enable_prompt_tokens_details
     assert callable(utils.get_mp_context), "the fork server is put in its place"
+    assert callable(OutputProcessor.has_unfinished_requests)
+
+
+def test_vllm_takes_drafts_and_stretched_contexts_and_refuses_more(tmp_path: Any) -> None:
+    """The whole engine configuration, as vLLM makes and checks it before it starts a process."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from zenray.serving.engine.vllm import engine_arguments
+
+    make_tiny_model(tmp_path)
+    settings = {
+        "max_model_len": 2048,
+        "kv_cache_bytes": 1 << 27,
+        "context_scaling": {"factor": 4, "original_tokens": 512},
+        "draft": {"model": "d", "tokens": 2},
+    }
+
+    def configured(**changes: Any) -> Any:
+        launch = EngineLaunch(model="m", settings=EngineSettings.model_validate(settings | changes), cpus=1, gpus=0)
+        return AsyncEngineArgs(**engine_arguments(launch, tmp_path, tmp_path)).create_engine_config()
+
+    config = configured()
+    assert config.model_config.max_model_len == 2048
+    assert config.model_config.hf_config.rope_parameters["rope_type"] == "yarn"
+    assert config.speculative_config.method == "draft_model"
+    assert config.speculative_config.num_speculative_tokens == 2
+    assert configured(draft={"tokens": 3}).speculative_config.method == "ngram"
+    with pytest.raises(ValidationError, match="max_model_len"):
+        configured(max_model_len=4096)
+
+
+def test_vllm_reports_its_load_under_the_names_that_are_read() -> None:
+    from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter
+    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+    from zenray.serving.engine.vllm import Observed
+
+    observed = Observed(0.5)
+    loggers = PerEngineStatLoggerAdapter(None, [0, 1], observed.stat_logger)  # type: ignore[arg-type]
+    iteration = IterationStats()
+    iteration.time_to_first_tokens_iter.append(0.7)
+    loggers.record(SchedulerStats(3, 2, 1, kv_cache_usage=0.5), iteration, engine_idx=0)
+    loggers.record(SchedulerStats(1, 0, 0, kv_cache_usage=0.1), None, engine_idx=1)
+    assert observed.load(time.monotonic(), idle=False) == EngineLoad(4, 3, 0.3, 1, 1)

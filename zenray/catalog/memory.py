@@ -1,7 +1,8 @@
 """What one GPU of a replica must hold: its share of the weights, and the KV cache of the sequences it computes.
 
 The shares are vLLM's: tensor parallel splits attention by heads and FFNs by width (or, expert parallel, by experts),
-pipeline parallel splits the layers. Activations and CUDA graphs come on top; they are what `gpu_memory_utilization`
+pipeline parallel splits the layers, data parallel copies all but routed experts, which lie cut or whole over the ranks
+of both tensor and data parallel. Activations and CUDA graphs come on top; they are what `gpu_memory_utilization`
 leaves room for.
 """
 
@@ -17,15 +18,21 @@ from zenray.spec.errors import InvalidValue
 
 @dataclass(frozen=True)
 class Layout:
-    """How a replica is spread over GPUs: tensor_parallel × pipeline_parallel of them."""
+    """How a replica is spread over GPUs: tensor_parallel × pipeline_parallel × data_parallel of them."""
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
-    expert_parallel: bool = False  # experts are spread whole over the tensor parallel ranks, not cut
+    expert_parallel: bool = False  # experts are spread whole over their ranks, not cut
+    data_parallel: int = 1
 
     @property
     def gpus(self) -> int:
-        return self.tensor_parallel * self.pipeline_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
+    def expert_ranks(self) -> int:
+        """GPUs over which the routed experts of a layer lie."""
+        return self.tensor_parallel * self.data_parallel
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,11 @@ class GpuMemory:
     layers: int
     weights_bytes: int
     kv_cache_bytes: int
+    offloaded_bytes: int = 0  # of weights_bytes, in the machine's memory instead
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_cache_bytes
+        return self.weights_bytes + self.kv_cache_bytes - self.offloaded_bytes
 
 
 def memory_per_gpu(
@@ -50,8 +58,12 @@ def memory_per_gpu(
     sequences: int = 0,
     context_tokens: int = 0,
     bytes_per_cached_value: float = 2,
+    expert_offload_bytes: int = 0,
 ) -> tuple[GpuMemory, ...]:
     """Memory of a GPU of each pipeline stage, with the KV cache of `sequences` × `context_tokens`.
+
+    `sequences` are those of one data parallel rank. `expert_offload_bytes`: so much of each GPU's routed experts, at
+    most, stays in the machine's memory.
 
     InvalidValue when the layout does not divide the network, with the sizes that do.
     """
@@ -61,6 +73,7 @@ def memory_per_gpu(
         in_stage = range(first_layer, first_layer + layers)
         first_layer += layers
         weights = _stage_weights(dimensions, layout, in_stage)
+        experts = sum(_routed_experts(dimensions, layer) for layer in in_stage) // layout.expert_ranks
         kept_tokens = sum(_kept_tokens(dimensions, layer, context_tokens) for layer in in_stage)
         heads = max(1, dimensions.kv_heads // layout.tensor_parallel)
         values = 2 * heads * dimensions.head_dim * kept_tokens * sequences
@@ -70,6 +83,7 @@ def memory_per_gpu(
                 layers=layers,
                 weights_bytes=math.ceil(weights * bytes_per_parameter),
                 kv_cache_bytes=math.ceil(values * bytes_per_cached_value),
+                offloaded_bytes=min(expert_offload_bytes, math.floor(experts * bytes_per_parameter)),
             )
         )
     return tuple(stages)
@@ -99,12 +113,15 @@ def cache_tokens(
 
 def check_layout(dimensions: ModelDimensions, layout: Layout) -> None:
     """InvalidValue when the network cannot be spread like this: heads, widths or experts that do not divide."""
-    legal = legal_tensor_parallel(dimensions, expert_parallel=layout.expert_parallel)
+    legal = legal_tensor_parallel(
+        dimensions, expert_parallel=layout.expert_parallel, data_parallel=layout.data_parallel
+    )
     if layout.tensor_parallel not in legal:
+        beside = f" (with data_parallel {layout.data_parallel})" if layout.data_parallel > 1 else ""
         raise InvalidValue(
-            f"tensor_parallel {layout.tensor_parallel} does not divide the network: {dimensions.heads} query heads, "
-            f"{dimensions.kv_heads} key heads, {_widths_in_words(dimensions)}.",
-            hint=f"It can be {', '.join(map(str, legal))}.",
+            f"tensor_parallel {layout.tensor_parallel}{beside} does not divide the network: {dimensions.heads} query "
+            f"heads, {dimensions.kv_heads} key heads, {_widths_in_words(dimensions)}.",
+            hint=f"It can be {', '.join(map(str, legal))}." if legal else "Choose another data_parallel.",
             param="tensor_parallel",
         )
     if not 1 <= layout.pipeline_parallel <= dimensions.layers:
@@ -115,19 +132,20 @@ def check_layout(dimensions: ModelDimensions, layout: Layout) -> None:
 
 
 def legal_tensor_parallel(
-    dimensions: ModelDimensions, *, expert_parallel: bool = False, most: int = 64
+    dimensions: ModelDimensions, *, expert_parallel: bool = False, data_parallel: int = 1, most: int = 64
 ) -> tuple[int, ...]:
     """The tensor parallel sizes, up to `most`, that divide query heads, key heads (or are divided by them) and FFNs."""
-    widths = {dimensions.ffn_width}
+    widths, over_all_ranks = {dimensions.ffn_width}, set[int]()
     if dimensions.moe:
         widths |= {dimensions.moe.shared_width}
-        widths |= {dimensions.moe.experts} if expert_parallel else set(dimensions.moe.widths)
+        over_all_ranks = {dimensions.moe.experts} if expert_parallel else set(dimensions.moe.widths)
     return tuple(
         size
         for size in range(1, most + 1)
         if dimensions.heads % size == 0
         and (dimensions.kv_heads % size == 0 or size % dimensions.kv_heads == 0)
         and all(width % size == 0 for width in widths)
+        and all(width % (size * data_parallel) == 0 for width in over_all_ranks)
     )
 
 
@@ -152,7 +170,8 @@ def _stage_weights(dimensions: ModelDimensions, layout: Layout, in_stage: range)
         weights += 2 * hidden * (q_width + kv_width) + count.norms + count.router
         weights += (q_width + 2 * kv_width if dimensions.qkv_bias else 0) + (hidden if dimensions.o_bias else 0)
         gates = hidden if dimensions.moe and layer in sparse and dimensions.moe.shared_gate else 0
-        weights += gates + (count.dense_ffn + count.shared_experts - gates + count.routed_experts) // ranks
+        weights += gates + (count.dense_ffn + count.shared_experts - gates) // ranks
+        weights += count.routed_experts // layout.expert_ranks
     vocabulary = dimensions.vocab_size * hidden // ranks
     first, last = in_stage.start == 0, in_stage.stop == dimensions.layers
     if first:
@@ -161,6 +180,10 @@ def _stage_weights(dimensions: ModelDimensions, layout: Layout, in_stage: range)
         # A tied head is the embedding when both are in one stage, else a copy of it.
         weights += hidden + (0 if dimensions.tied_embeddings and first else vocabulary)
     return weights
+
+
+def _routed_experts(dimensions: ModelDimensions, layer: int) -> int:
+    return count_layer(dimensions, sparse=layer in set(dimensions.sparse_layers)).routed_experts
 
 
 def _kept_tokens(dimensions: ModelDimensions, layer: int, context_tokens: int) -> int:

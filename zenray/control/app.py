@@ -36,6 +36,7 @@ from zenray.control.jobs.gauges import JobGauges
 from zenray.control.jobs.reconciler import JobReconciler
 from zenray.spec.clock import Clock, SystemClock
 from zenray.spec.deployments import DeploymentSpec
+from zenray.spec.versions import VersionRef
 from zenray.storage.base import ObjectStore
 from zenray.storage.opening import absolute, open_store
 from zenray.storage.versions import newest, read_manifest
@@ -50,10 +51,17 @@ class StoredVersions:
     store: ObjectStore
 
     def resolve(self, spec: DeploymentSpec) -> DeploymentSpec:
-        if spec.version is None:
-            return spec.model_copy(update={"version": newest(self.store, spec.model, spec.format).ref.version})
-        read_manifest(self.store, spec.ref())
-        return spec
+        draft = spec.engine.draft
+        if draft is not None and draft.model is not None:
+            exact = draft.model_copy(update={"version": self._version(draft.model, draft.version, draft.format)})
+            spec = spec.model_copy(update={"engine": spec.engine.model_copy(update={"draft": exact})})
+        return spec.model_copy(update={"version": self._version(spec.model, spec.version, spec.format)})
+
+    def _version(self, model: str, version: str | None, format: str) -> str:
+        if version is None:
+            return newest(self.store, model, format).ref.version
+        read_manifest(self.store, VersionRef(model=model, version=version, format=format))
+        return version
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ class Replica:
         begun_at = time.monotonic()
         self._engine = open_engine(_engine_launch(launch))
         # The weights are on their way while the engine's code is loaded: two cores, two things to wait for.
-        folder, _ = await asyncio.gather(
+        (folder, draft), _ = await asyncio.gather(
             asyncio.to_thread(_fetch_weights, launch), asyncio.to_thread(self._engine.prepare)
         )
         prepared_at = time.monotonic()
-        self._app = await self._engine.start(folder)
+        self._app = await self._engine.start(folder, draft)
         ready_at = time.monotonic()
         _log.info(
             "%s is ready: %.1f s for its files and the engine's code, %.1f s for the engine",
@@ -72,8 +72,12 @@ class Replica:
             await engine.stop()
 
 
-def _fetch_weights(launch: ReplicaLaunch) -> Path:
-    return fetch(open_store(launch.storage), launch.deployment.ref(), Path(launch.cache_dir))
+def _fetch_weights(launch: ReplicaLaunch) -> tuple[Path, Path | None]:
+    """The folders of the model and of the one that drafts for it."""
+    store, cache_dir, draft = open_store(launch.storage), Path(launch.cache_dir), launch.deployment.engine.draft
+    draft_ref = draft.ref() if draft is not None else None
+    folder = fetch(store, launch.deployment.ref(), cache_dir)
+    return folder, fetch(store, draft_ref, cache_dir) if draft_ref is not None else None
 
 
 def _engine_launch(launch: ReplicaLaunch) -> EngineLaunch:

@@ -147,7 +147,8 @@ def learnt(signals: Signals, targets: Targets, memory: Memory, now_s: float) -> 
         return None
     limit = memory.limit
     too_late = signals.late_first_tokens > max(LATE_SHARE * signals.first_tokens, LEAST_LATE - 1)
-    changed_at_s = max(at_s for at_s in (memory.short_at_s, limit and limit.at_s, -math.inf) if at_s is not None)
+    short_at_s = -math.inf if memory.short_at_s is None else memory.short_at_s
+    changed_at_s = max(short_at_s, limit.at_s) if limit else short_at_s
     at_most = signals.most is not None and signals.target >= signals.most
     each = max(signals.mean_requests, signals.newest_requests) / signals.running
     if not too_late or now_s - changed_at_s < FIRST_TOKENS_WINDOW_S or at_most or each <= 1:

@@ -30,8 +30,10 @@ class Engine(Protocol):
     def prepare(self) -> None:
         """What can be done before the weights are here. Blocks; called once, in a thread, before `start`."""
 
-    async def start(self, folder: Path) -> AsgiApp:
+    async def start(self, folder: Path, draft: Path | None = None) -> AsgiApp:
         """Load the model from `folder`, whose files are verified, and give the application that answers for it.
+
+        `draft` is the folder of the model that drafts for it, where the settings name one.
 
         Raises with a message for the person who deploys.
         """

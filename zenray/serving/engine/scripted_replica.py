@@ -27,7 +27,7 @@ class ScriptedReplicaEngine:
     def prepare(self) -> None:
         """See Engine: nothing to do."""
 
-    async def start(self, folder: Path) -> AsgiApp:
+    async def start(self, folder: Path, draft: Path | None = None) -> AsgiApp:
         """See Engine. Takes `start_s` of the script, or fails with its `start_error`."""
         file = read_script(folder)
         await asyncio.sleep(file.start_s)

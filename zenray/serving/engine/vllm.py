@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import multiprocessing
 import os
@@ -22,9 +23,13 @@ from typing import Any
 from zenray.serving.engine.base import EngineLaunch
 from zenray.serving.engine.load import EngineLoad, FirstTokens
 from zenray.serving.guard import ALLOWED_ROUTES, AsgiApp
+from zenray.spec.deployments import ContextScaling, Draft
 
 # The fork server imports these while the replica does the same; the engine's processes are then forked from it.
 _PRELOADED = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
+
+
+NGRAM_TOKENS = (4, 2)  # the longest and the shortest ending of the text that is searched for in it
 
 
 class VllmEngine:
@@ -45,7 +50,7 @@ class VllmEngine:
         import vllm.entrypoints.launchers.app
         import vllm.v1.engine.async_llm  # noqa: F401
 
-    async def start(self, folder: Path) -> AsgiApp:
+    async def start(self, folder: Path, draft: Path | None = None) -> AsgiApp:
         """See Engine."""
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -54,7 +59,7 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        engine_args = AsyncEngineArgs(**engine_arguments(self._launch, folder))
+        engine_args = AsyncEngineArgs(**engine_arguments(self._launch, folder, draft))
         frontend_args = FrontendArgs(enable_prompt_tokens_details=True, disable_fastapi_docs=True)
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         with _forked_by_the_fork_server():
@@ -164,15 +169,15 @@ def _forked_by_the_fork_server() -> Iterator[None]:
         utils.get_mp_context = original
 
 
-def engine_arguments(launch: EngineLaunch, folder: Path) -> dict[str, Any]:
-    """vLLM's engine arguments."""
+def engine_arguments(launch: EngineLaunch, folder: Path, draft: Path | None = None) -> dict[str, Any]:
+    """vLLM's engine arguments. `draft`: the folder of the drafting model, where the settings name one."""
     settings = launch.settings
     arguments: dict[str, Any] = {
         "model": str(folder),
         "served_model_name": [launch.model],
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
+        "max_num_seqs": settings.sequences_per_rank,
         "enforce_eager": settings.enforce_eager,
         "enable_prefix_caching": settings.prefix_caching,
         "disable_log_stats": False,
@@ -181,13 +186,49 @@ def engine_arguments(launch: EngineLaunch, folder: Path) -> dict[str, Any]:
         arguments |= {
             "tensor_parallel_size": settings.tensor_parallel,
             "pipeline_parallel_size": settings.pipeline_parallel,
+            "data_parallel_size": settings.data_parallel,
             "enable_expert_parallel": settings.expert_parallel,
             # The replica holds all the GPUs itself; inside Ray vLLM might else ask Ray for more of them.
             "distributed_executor_backend": "mp",
         }
+    if settings.draft is not None:
+        arguments["speculative_config"] = speculation(settings.draft, draft)
+    if settings.context_scaling is not None:
+        arguments["hf_overrides"] = scaled_context(settings.context_scaling, folder)
+    if settings.expert_offload_bytes:
+        arguments |= {"cpu_offload_gb": settings.expert_offload_bytes / 2**30, "cpu_offload_params": {"experts"}}
     if launch.gpus:
         return arguments | {"gpu_memory_utilization": settings.gpu_memory_utilization}
     return arguments | {"kv_cache_memory_bytes": settings.kv_cache_bytes}
+
+
+def speculation(draft: Draft, folder: Path | None) -> dict[str, Any]:
+    """vLLM's `speculative_config`. Without a drafting model the text so far is searched for its last few tokens."""
+    if draft.model is None:
+        longest, shortest = NGRAM_TOKENS
+        found = {"method": "ngram", "prompt_lookup_max": longest, "prompt_lookup_min": shortest}
+    else:
+        found = {"method": "draft_model", "model": str(folder)}
+    return found | {"num_speculative_tokens": draft.tokens}
+
+
+def scaled_context(scaling: ContextScaling, folder: Path) -> dict[str, Any]:
+    """vLLM's `hf_overrides` for YaRN. The base frequency stays as the checkpoint says it.
+
+    vLLM takes `max_position_embeddings` of a YaRN model as stretched already.
+    """
+    config = json.loads((folder / "config.json").read_bytes())
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    return {
+        "max_position_embeddings": scaling.context_tokens,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_tokens,
+        }
+        | ({"rope_theta": theta} if theta is not None else {}),
+    }
 
 
 def environment(cpus: float, gpus: float) -> dict[str, str]:
