@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from zenray.spec.documents import Document
+from zenray.spec.errors import InvalidValue
 from zenray.spec.lineage import BaseVersion, NewVersion
+from zenray.spec.parallelism import Axes, check_axes
 from zenray.spec.versions import check_name
 
 BuiltinCorpus = Literal["code", "prose", "mathematics"]
@@ -87,14 +89,16 @@ class Workers(Document):
     cpus: float = Field(1, gt=0, description="CPUs that Ray sets aside for each worker.")
     max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint; -1: without limit.")
 
+    @property
+    def axes(self) -> Axes:
+        return Axes(expert=self.expert_parallel)
+
     @model_validator(mode="after")
     def _whole_groups(self) -> Workers:
-        if self.count % self.expert_parallel:
-            legal = [n for n in range(1, self.count + 1) if self.count % n == 0]
-            raise ValueError(
-                f"{self.count} workers cannot form groups of {self.expert_parallel}: "
-                f"expert_parallel can be {', '.join(map(str, legal))}"
-            )
+        try:
+            check_axes(self.count, self.axes)
+        except InvalidValue as error:  # pydantic says where in the file
+            raise ValueError(f"{error.message} {error.hint}") from None
         return self
 
 

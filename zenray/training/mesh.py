@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from zenray.spec.errors import InvalidValue
+from zenray.spec.parallelism import Axes, check_axes
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,7 @@ class Mesh:
     def create(cls, expert_size: int, device: str = "cpu", *, fully_sharded: bool = False) -> Mesh:
         """The grid over the current process group; one worker where there is none. Collective. InvalidValue."""
         world = dist.get_world_size() if dist.is_initialized() else 1
-        if world % expert_size:
-            legal = ", ".join(str(size) for size in range(1, world + 1) if world % size == 0)
-            raise InvalidValue(
-                f"{world} workers cannot form expert groups of {expert_size}.",
-                hint=f"With {world} workers expert_parallel can be {legal}.",
-                param="expert_parallel",
-            )
+        check_axes(world, Axes(expert=expert_size))
         if not dist.is_initialized():
             return cls()
         ranks = torch.arange(world).view(-1, expert_size).t()
