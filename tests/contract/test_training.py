@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,7 +18,16 @@ import pytest
 import torch
 
 from tests.cluster.ray_session import RaySession, new_home
-from tests.contract.training_platform import TWO_WORKERS, Run, finished, in_session, same_result, train_workers
+from tests.contract.training_platform import (
+    LOOPBACK,
+    REPOSITORY,
+    TWO_WORKERS,
+    Run,
+    finished,
+    in_session,
+    same_result,
+    train_workers,
+)
 from tests.training.tiny import FolderRecorder
 from zenray.spec.versions import VersionRef
 from zenray.storage.versions import read_manifest
@@ -106,3 +119,62 @@ def test_kills_at_any_step_with_a_ray_of_its_own(
         _, alive = psutil.wait_procs(descendants, timeout=60)
         assert not alive, f"{alive} outlived their driver, killed at step {step}"
     same_result(run, unbroken)
+
+
+@pytest.mark.nightly
+def test_a_worker_that_is_told_to_go_keeps_its_work_and_the_run_comes_back(
+    ray_session: RaySession, unbroken: Run, tmp_path: Path
+) -> None:
+    """SIGTERM, as a machine that is taken away sends it: between checkpoints, and no failure is counted."""
+    run = Run(tmp_path, in_session(ray_session))
+    job = {**JOB, "workers": {**TWO_WORKERS["workers"], "max_failures": 0}, "checkpoints": {"every_steps": 30}}
+    driver = run.start(**job)
+    run.await_event(driver, "step", random.randint(3, 15))
+    random.choice(train_workers(ray_session.record().processes())).terminate()
+    finished(driver)
+    told = {event["event"]: event["step"] for event in run.events if event["event"] in ("preempted", "resumed")}
+    assert told["preempted"] == told["resumed"]
+    same_result(run, unbroken)
+
+
+@contextmanager
+def simulated_nodes(home: Path) -> Iterator[tuple[str, Callable[[str], str]]]:
+    """(address of a cluster of two nodes, what carries out `add` and `remove`)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.contract.simulated_nodes"],
+        cwd=REPOSITORY,
+        env={**os.environ, "RAY_TMPDIR": str(home), **LOOPBACK},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    to, answers = process.stdin, process.stdout
+
+    def obey(command: str) -> str:
+        to.write(command + "\n")
+        to.flush()
+        return answers.readline().strip()
+
+    try:
+        yield answers.readline().strip(), obey
+    finally:
+        to.close()
+        process.wait(timeout=60)
+
+
+@pytest.mark.nightly
+def test_a_node_that_is_lost_and_one_that_comes_change_nothing(own_ray: dict[str, str], tmp_path: Path) -> None:
+    """Two nodes, a worker on each. One dies: the run waits until there is room for two again, and goes on."""
+    job = {**JOB, "workers": {**TWO_WORKERS["workers"], "cpus": 1}}
+    with simulated_nodes(Path(own_ray["RAY_TMPDIR"])) as (address, obey):
+        environment = {"RAY_ADDRESS": address, **LOOPBACK}
+        unbroken, run = Run(tmp_path / "unbroken", environment), Run(tmp_path / "run", environment)
+        unbroken.finish(**job)
+        driver = run.start(**job)
+        run.await_event(driver, "step", random.randint(6, 20))
+        assert obey("remove") == "1 nodes"
+        assert obey("add") == "2 nodes"
+        finished(driver)
+        assert [event["event"] for event in run.events].count("resumed") >= 1
+        same_result(run, unbroken)

@@ -28,6 +28,7 @@ from zenray.storage.versions import publish
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 120  # for one condition; a machine under load may need most of it
 TWO_WORKERS: dict[str, Any] = {"workers": {"count": 2, "expert_parallel": 2, "cpus": 0.5}}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # or 127.0.0.1 is taken for this machine's outer address
 Steps = list[dict[str, Any]]
 
 
@@ -126,7 +127,7 @@ def in_session(session: RaySession) -> dict[str, str]:
         "RAY_ADDRESS": session.addresses.gcs_address,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": session.addresses.token(),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or 127.0.0.1 is taken for this machine's outer address
+        **LOOPBACK,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.training.tiny import END, job, write_text, write_version
-from zenray.spec.errors import InvalidValue, NotFound
+from zenray.spec.errors import Conflict, InvalidValue, NotFound
 from zenray.spec.training import DataSource, TrainingData
+from zenray.storage.arrow import arrow_filesystem
 from zenray.training.data.corpus import builtin_documents
-from zenray.training.data.documents import identity, read_documents, write_corpus
+from zenray.training.data.documents import identity, read_documents, source_files, write_corpus
+from zenray.training.data.shards import TokenShards, make_shard
 from zenray.training.data.stream import IGNORED, PackedDomain, SequenceStream, pack
 from zenray.training.data.tokens import DomainTokens, prepare
-from zenray.training.loop import TrainingSet
+from zenray.training.loop import TrainingSet, require_same_data
 from zenray.training.mesh import Mesh
 from zenray.training.networks import Checkpoint
 
@@ -182,3 +185,57 @@ def test_the_corpus_of_every_machine(tmp_path: Path) -> None:
 def test_data_that_makes_no_sense_is_refused(sources, message) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingData(sources=sources)
+
+
+def made_by_cluster(data: TrainingData, base: Checkpoint, folder: Path) -> TokenShards:
+    """As `tokenise_on_cluster`, one file after the other in this process."""
+    filesystem, root = arrow_filesystem(f"file:{folder}")
+    tokenizer = base.tokenizer_file.read_bytes()
+    files = {
+        source.domain: tuple(make_shard(file, tokenizer, END, filesystem, root) for file in source_files(source))
+        for source in data.sources
+        if source.path is not None
+    }
+    return TokenShards(filesystem, root, files)
+
+
+def test_tokens_that_the_cluster_made_are_those_that_a_worker_makes(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text")
+    more = tmp_path / "many"
+    more.mkdir()
+    for number in range(3):
+        lines = [json.dumps({"text": f"document {number} {line} é"}) + "\n" for line in range(number * 7)]
+        (more / f"{number}.jsonl").write_text("".join(lines))
+    sources = [{"domain": "many", "path": str(more)}, {"domain": "count", "path": str(text["count"])}]
+    data = TrainingData(
+        sources=[*sources, {"domain": "manual", "builtin": "prose"}], sequence_tokens=8, validation_share=0.2
+    )
+    base = Checkpoint.open(write_version(tmp_path / "base"))
+    shards = made_by_cluster(data, base, tmp_path / "shards")
+    alone = prepare(data, base.tokenizer_file, END, 3, tmp_path / "alone")
+    sent = pickle.loads(pickle.dumps(shards))  # noqa: S301
+    with_shards = prepare(data, base.tokenizer_file, END, 3, tmp_path / "cluster", sent)
+    assert alone.identities == with_shards.identities and alone.folder.name == with_shards.folder.name
+    names = sorted(path.name for path in alone.folder.iterdir())
+    assert names == sorted(path.name for path in with_shards.folder.iterdir()) and len(names) == 13
+    for name in names:
+        assert (alone.folder / name).read_bytes() == (with_shards.folder / name).read_bytes(), name
+
+
+def test_a_file_is_tokenised_once_whatever_it_is_called(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text")
+    base = Checkpoint.open(write_version(tmp_path / "base"))
+    shards = made_by_cluster(job(text).data, base, tmp_path / "shards")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    assert len(before) == 2
+    moved = {"else": text["spell"].rename(tmp_path / "other.jsonl")}
+    again = made_by_cluster(job(moved).data, base, tmp_path / "shards")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == before
+    assert again.files["else"] == shards.files["spell"]
+
+
+def test_a_run_does_not_go_on_with_other_texts() -> None:
+    history = [{"event": "data", "step": 0, "domains": {"a": "sha256:1", "b": "sha256:2"}}]
+    require_same_data(history, {"b": "sha256:2", "a": "sha256:1"})
+    with pytest.raises(Conflict, match="The texts of b changed since this run began"):
+        require_same_data(history, {"a": "sha256:1", "b": "sha256:3"})

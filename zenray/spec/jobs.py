@@ -204,6 +204,8 @@ def with_absolute_paths(job: D) -> D:
 
     def absolute(part: Any) -> Document:
         assert isinstance(part, DataSource | ChoiceQuestions)
-        return part if part.path is None else part.model_copy(update={"path": str(Path(part.path).absolute())})
+        if part.path is None or "://" in part.path:
+            return part
+        return part.model_copy(update={"path": str(Path(part.path).absolute())})
 
     return change_parts(change_parts(job, DataSource, absolute), ChoiceQuestions, absolute)

@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from zenray.spec.errors import Conflict
 from zenray.spec.training import TrainingJob
 from zenray.training.checkpointing import load
 from zenray.training.data.stream import IGNORED, Batch, PackedDomain, SequenceStream, pack
@@ -63,10 +64,11 @@ class Notice(Protocol):
 
 @dataclass
 class TrainingSet:
-    """What a run reads: the training sequences, and held-out ones of each domain."""
+    """What a run reads: the training sequences, and held-out ones of each domain. `identities`: of their texts."""
 
     stream: SequenceStream
     held_out: dict[str, PackedDomain]
+    identities: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, job: TrainingJob, tokens: TokenFolder) -> TrainingSet:
@@ -78,6 +80,7 @@ class TrainingSet:
         return cls(
             SequenceStream(packed, weights, seed),
             {domain: part for domain, part in held_out.items() if part.num_sequences > 0},
+            tokens.identities,
         )
 
     def step(self, job: TrainingJob, mesh: Mesh, index: int) -> list[Batch]:
@@ -129,7 +132,8 @@ def train(
     """
     job, run = trainer.job, _Run(trainer, data, recorder, tell, notice)
     run.take_up()
-    if run.done == 0 and not run.history:
+    if not run.history:
+        run.note({"event": "data", "step": 0, "domains": data.identities})
         run.evaluate(with_teachers=True)
     while run.done < job.steps:
         decision = run.step()
@@ -174,6 +178,7 @@ class _Run:
             if folder is not None:
                 self.done = self.checkpoint = load(self.trainer, folder)
                 self.history = read_history(folder)
+                require_same_data(self.history, self.data.identities)
                 self.tell({"event": "resumed", "step": self.done})
 
     def step(self) -> Decision:
@@ -255,6 +260,23 @@ class _Run:
             batches = data.evaluation(trainer.job, trainer.mesh, domain)
             losses = {name: trainer.evaluate(batches, objective) for name, objective in objectives.items()}
             self.note({"event": "evaluation", "step": self.done, "domain": domain, **losses})
+
+
+def require_same_data(history: list[Event], identities: dict[str, str]) -> None:
+    """Conflict where a run would go on with other texts than it began with: its order is a function of them."""
+    begun = identities_in(history)
+    changed = sorted(name for name in begun.keys() | identities.keys() if begun.get(name) != identities.get(name))
+    if changed:
+        raise Conflict(
+            f"The texts of {', '.join(changed)} changed since this run began.",
+            hint="Put them back, or give the job another name or version, which begins anew.",
+        )
+
+
+def identities_in(history: list[Event]) -> dict[str, str]:
+    """What was read: each domain's identity, as the run noted it at its beginning."""
+    found: dict[str, str] = next(event["domains"] for event in history if event["event"] == "data")
+    return found
 
 
 def read_history(folder: Path) -> list[Event]:

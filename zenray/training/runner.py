@@ -31,10 +31,10 @@ from zenray.storage.cache import fetch
 from zenray.storage.opening import open_store
 from zenray.storage.versions import find_manifest, publish
 from zenray.training.checkpointing import read_weight
-from zenray.training.data.documents import identity
+from zenray.training.data.shards import TokenShards, tokenise_on_cluster
 from zenray.training.events import EventPlace
 from zenray.training.lineage import pin, pinned, run_name
-from zenray.training.loop import HISTORY_NAME, Event, read_history
+from zenray.training.loop import HISTORY_NAME, Event, identities_in, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.worker import train_worker
 
@@ -68,9 +68,11 @@ def run(
     if job.stock_format != "none":  # what cannot be said is refused before the training, not after
         choose_target(base.config, replicate_dense=job.stock_format == "replicate")
     with _held(work_dir / "runs" / f"{name}.lock", name):
-        result = _fit(job, name, storage, work_dir, events or EventPlace(name))
+        _connect()
+        shards = _tokenise(job, base, storage)
+        result = _fit(job, name, storage, work_dir, events or EventPlace(name), shards)
         while (result.metrics or {}).get("was_preempted"):  # all of it is in a checkpoint: on, wherever there is room
-            result = _fit(job, name, storage, work_dir, events or EventPlace(name))
+            result = _fit(job, name, storage, work_dir, events or EventPlace(name), shards)
     stopped = (result.metrics or {}).get("stopped")
     if stopped:
         raise ZenrayError(
@@ -84,11 +86,29 @@ def run(
         return publish_result(job, name, store, base, Path(folder), history, work_dir, progress)
 
 
-def _fit(job: TrainingJob, name: str, storage: StorageSettings, work_dir: Path, events: EventPlace) -> Result:
+def _connect() -> None:
     if not ray.is_initialized():
         # With the dashboard: Ray Train asks it whether a run's driver lives, and clears up after one that does not.
         own = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
         ray.init(log_to_driver=True, **own)
+
+
+def _tokenise(job: TrainingJob, base: Checkpoint, storage: StorageSettings) -> TokenShards | None:
+    """What the cluster makes for all workers, where the job asks for it."""
+    if job.data.tokenised_by == "workers":
+        return None
+    filesystem, path = checkpoint_place(storage)
+    return tokenise_on_cluster(job.data, base.tokenizer_file, base.end_token, filesystem, f"{path}/tokens")
+
+
+def _fit(
+    job: TrainingJob,
+    name: str,
+    storage: StorageSettings,
+    work_dir: Path,
+    events: EventPlace,
+    shards: TokenShards | None,
+) -> Result:
     filesystem, path = checkpoint_place(storage)
     about: dict[str, Any] = {
         "job": job.model_dump(mode="json"),
@@ -96,6 +116,7 @@ def _fit(job: TrainingJob, name: str, storage: StorageSettings, work_dir: Path, 
         "storage": storage.model_dump(),
         "work_dir": str(work_dir.absolute()),
         "events": events.as_dict(),
+        "shards": shards,
     }
     trainer = TorchTrainer(
         train_worker,
@@ -194,7 +215,7 @@ def _metrics(job: TrainingJob, history: list[Event]) -> dict[str, str]:
     steps = [event for event in history if event["event"] == "step"]
     evaluations = [event for event in history if event["event"] == "evaluation"]
     found: dict[str, Any] = {
-        "data": {source.domain: identity(source) for source in job.data.sources},
+        "data": identities_in(history),
         "tokens": sum(event["tokens"] for event in steps),
         "training_loss": steps[-1]["lm_loss"],
         "entropy_ratios": steps[-1]["entropy_ratios"],

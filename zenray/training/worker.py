@@ -16,6 +16,7 @@ from zenray.spec.versions import VersionRef
 from zenray.storage.base import ObjectStore
 from zenray.storage.cache import fetch
 from zenray.storage.opening import open_store
+from zenray.training.data.shards import TokenShards
 from zenray.training.data.tokens import prepare
 from zenray.training.events import EventPlace, EventStream
 from zenray.training.lineage import pinned
@@ -38,7 +39,7 @@ def train_worker(about: dict[str, Any]) -> None:
     workers = job.workers
     device = "cuda" if workers.gpu else "cpu"
     mesh = Mesh.create(workers.expert_parallel, device, fully_sharded=workers.fully_sharded)
-    trainer, data = assemble(job, store, work_dir, mesh)
+    trainer, data = assemble(job, store, work_dir, mesh, about["shards"])
     rank = context.get_world_rank()
     recorder = RayRecorder(work_dir / "scratch" / f"{about['run']}-{rank}", job.checkpoints)
     kept = work_dir / "runs" / about["run"] / "events.jsonl"
@@ -54,8 +55,11 @@ def set_up_process(workers_here: int) -> None:
     torch.set_flush_denormal(True)
 
 
-def assemble(job: TrainingJob, store: ObjectStore, work_dir: Path, mesh: Mesh) -> tuple[Trainer, TrainingSet]:
-    """The trainer and the data of a job whose versions are pinned. Downloads, tokenises; blocks."""
+def assemble(
+    job: TrainingJob, store: ObjectStore, work_dir: Path, mesh: Mesh, shards: TokenShards | None = None
+) -> tuple[Trainer, TrainingSet]:
+    """The trainer and the data of a job whose versions are pinned. Downloads, tokenises unless it gets `shards`;
+    blocks."""
     base = Checkpoint.open(_fetch(job.base, store, work_dir))
     model = base.network() if job.weights == "base" else base.fresh_network(job.seed)
     teachers = []
@@ -65,7 +69,7 @@ def assemble(job: TrainingJob, store: ObjectStore, work_dir: Path, mesh: Mesh) -
             found = Checkpoint.open(_fetch(teacher.version, store, work_dir))
             teachers.append((found.network(getattr(torch, job.dtype)), teacher.weight / total))
     trainer = Trainer(model, job, mesh, teachers)
-    tokens = prepare(job.data, base.tokenizer_file, base.end_token, job.seed, work_dir / "tokens")
+    tokens = prepare(job.data, base.tokenizer_file, base.end_token, job.seed, work_dir / "tokens", shards)
     return trainer, TrainingSet.open(job, tokens)
 
 
