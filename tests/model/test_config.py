@@ -28,6 +28,9 @@ ILLEGAL = [
     ({"num_key_value_heads": 4}, "6 attention heads cannot share 4 key/value heads", "1, 2, 3, 6"),
     ({"head_dim": 7}, "head_dim is 7", ""),
     ({"hidden_size": 0}, "hidden_size is 0", ""),
+    ({"vocab_size": 31.5}, "vocab_size is 31.5", ""),
+    ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0", ""),
+    ({"initializer_range": -0.02}, "initializer_range is -0.02", ""),
     ({"sparse_layers": (1, 4)}, "has [4], but layers go from 0 to 3", ""),
     ({"sparse_layers": (3, 1)}, "ascending", ""),
     ({"sparse_layers": ()}, "There are 5 experts", "Name the sparse layers, 0 to 3"),
@@ -52,6 +55,10 @@ def test_refusal_says_the_numbers_and_the_way_out(change, message, hint):
     assert caught.value.param
 
 
+def rope(rope_type, **changes):
+    return RopeParameters(rope_type=rope_type, factor=4.0, original_max_position_embeddings=8, **changes)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -66,6 +73,11 @@ def test_refusal_says_the_numbers_and_the_way_out(change, message, hint):
         (lambda: RopeParameters(rope_type="yarnn"), "Did you mean 'yarn'?"),
         (lambda: RopeParameters(rope_type="yarn", factor=4.0), "original_max_position_embeddings"),
         (lambda: RopeParameters(factor=0.5), "factor is 0.5"),
+        (lambda: RopeParameters(rope_theta=0.0), r"rope_theta is 0\.0"),
+        (lambda: rope("yarn", beta_fast=1.0), r"beta_fast 1\.0 must be above beta_slow 1\.0"),
+        (lambda: rope("llama3", low_freq_factor=4.0), r"high_freq_factor 4\.0 must be above low_freq_factor 4\.0"),
+        (lambda: ExpertGroup("code", 1, 8, "dep"), "Did you mean 'deep'?"),
+        (lambda: ExpertGroup("image", 1, 8, "spatial", radius=-1), "'image' has radius -1"),
         (lambda: ExpertGroup("code", 0, 8), "'code' has 0 experts"),
         (lambda: ExpertGroup("code", 1, 0), "'code' has width 0"),
     ],
@@ -119,6 +131,12 @@ def test_any_legal_configuration_made_illegal_is_refused_with_the_reason(config,
     breaks = {
         "vocab_size": 0,
         "hidden_size": -1,
+        "intermediate_size": 0,
+        "num_hidden_layers": 0,
+        "num_attention_heads": 0,
+        "max_position_embeddings": 0,
+        "rms_norm_eps": 0.0,
+        "initializer_range": -1.0,
         "head_dim": config.head_dim + 1,
         "num_key_value_heads": heads + 1,
         "sparse_layers": (*config.sparse_layers, layers),

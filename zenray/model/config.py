@@ -337,7 +337,19 @@ class MoDEConfig:
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}: it must be at least 1.", param=name)
+            _require(
+                isinstance(value, int) and value >= 1,
+                f"{name} is {value}: it must be a whole number, at least 1.",
+                param=name,
+            )
+        _require(
+            self.rms_norm_eps > 0, f"rms_norm_eps is {self.rms_norm_eps}: it must be positive.", param="rms_norm_eps"
+        )
+        _require(
+            self.initializer_range >= 0,
+            f"initializer_range is {self.initializer_range}: a deviation is not negative.",
+            param="initializer_range",
+        )
         self._check_attention()
         self._check_experts()
 
