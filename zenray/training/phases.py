@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 
 from zenray.spec.documents import Document
@@ -18,7 +19,7 @@ from zenray.storage.cache import fetch
 from zenray.storage.job_record import read_result, write_result
 from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
-from zenray.storage.versions import find_manifest, publish
+from zenray.storage.versions import find_manifest, list_versions, publish
 from zenray.training.events import EventStream, ProgressEvents
 
 
@@ -114,15 +115,24 @@ def _evaluate(job: EvaluateJob, store: ObjectStore, work_dir: Path, tell: EventS
 
 
 def _publish(job: PublishJob, store: ObjectStore, work_dir: Path, tell: EventStream) -> Manifest:
-    """The same files under another name."""
+    """The same files under another name, in every format that the version has; the one that was named comes last."""
+    job = pin(job, store)
     source = pinned(job.version, store)
-    folder = fetch(store, source, work_dir / "versions", progress=ProgressEvents(tell))
-    manifest = find_manifest(store, source)
-    assert manifest is not None
-    ref = VersionRef(model=job.into.model, version=job.into.version, format=source.format)
-    parents = Parents(base_version=str(source), training_job=job.name)
-    about = {**manifest.metadata, "kind": job.kind, "run": job_id(pin(job, store))}
-    return publish(store, ref, folder, parents=parents, metadata=about, progress=ProgressEvents(tell))
+    formats = [one for one in list_versions(store, source.model) if one.ref.version == source.version]
+    made: list[Manifest] = []
+    for manifest in sorted(formats, key=lambda one: one.ref == source):
+        folder = fetch(store, manifest.ref, work_dir / "versions", progress=ProgressEvents(tell))
+        ref = VersionRef(model=job.into.model, version=job.into.version, format=manifest.ref.format)
+        parents = Parents(base_version=str(manifest.ref), training_job=job.name)
+        about = {**manifest.metadata, "kind": job.kind, "run": job_id(job)}
+        with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{job.name}-") as scratch:
+            for entry in manifest.files:  # and nothing else that lies in the cache
+                link = Path(scratch, entry.path)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(folder / entry.path)
+            progress = ProgressEvents(tell)
+            made.append(publish(store, ref, Path(scratch), parents=parents, metadata=about, progress=progress))
+    return made[-1]
 
 
 def _check_conditions(phase: PhaseJob, results: dict[str, EvaluationResult], store: ObjectStore) -> None:

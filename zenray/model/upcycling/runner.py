@@ -50,14 +50,14 @@ def run(
         made = Path(scratch, "safetensors")
         upcycle(source, recipe, made, progress=progress)
         ref = VersionRef(model=job.into.model, version=job.into.version)
-        published = [publish(store, ref, made, parents=parents, metadata=metadata, progress=progress)]
-        if wants_stock:
+        published = []
+        if wants_stock:  # first, so that a version whose own format is there has all of its formats
             stock = Path(scratch, "stock")
             target = export(made, stock, replicate_dense=job.stock_format == "replicate", progress=progress)
             stock_ref = ref.model_copy(update={"format": STOCK_FORMATS[target]})
-            metadata = {**metadata, "exported_from": str(ref)}
-            published.append(publish(store, stock_ref, stock, parents=parents, metadata=metadata, progress=progress))
-    return published
+            about = {**metadata, "exported_from": str(ref)}
+            published.append(publish(store, stock_ref, stock, parents=parents, metadata=about, progress=progress))
+        return [publish(store, ref, made, parents=parents, metadata=metadata, progress=progress), *published]
 
 
 def make_recipe(job: UpcycleJob, dense: MoDEConfig) -> UpcyclingRecipe:

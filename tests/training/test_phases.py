@@ -1,0 +1,168 @@
+"""A pipeline on a tiny dense model: each phase once, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.training.tiny import END, write_text, write_version
+from zenray.spec.errors import Conflict, StorageUnavailable, ZenrayError
+from zenray.spec.jobs import PipelineJob, job_id
+from zenray.spec.platform import StorageSettings
+from zenray.spec.versions import VersionRef
+from zenray.storage.job_record import job_journal, read_result
+from zenray.storage.local import LocalStore
+from zenray.storage.pinning import pin
+from zenray.storage.versions import find_manifest, publish, read_manifest
+from zenray.training import evaluate as evaluation
+from zenray.training.events import EventPlace, EventStream
+from zenray.training.phases import carry_out
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=END + 1,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=8,
+        eos_token_id=END,
+        bos_token_id=END,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    other = write_version(tmp_path_factory.mktemp("tokenizer") / "tiny")
+    shutil.copy(other / "tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+class Place:
+    """A store with the dense version, text, and the pipeline."""
+
+    def __init__(self, folder: Path, dense: Path) -> None:
+        self.folder = folder
+        self.store = LocalStore(folder / "store")
+        publish(self.store, VersionRef(model="dense", version="v0"), dense)
+        self.text = write_text(folder / "text")
+
+    def job(self, **conditions: Any) -> PipelineJob:
+        sources = [{"domain": domain, "path": str(path)} for domain, path in self.text.items()]
+        data = {"sources": sources, "sequence_tokens": 32, "validation_share": 0.2}
+        mode = {"model": "mode", "version": "v1"}
+        phases = [
+            {
+                "kind": "upcycle",
+                "name": "grow",
+                "base": {"model": "dense"},
+                "into": mode,
+                "groups": [{"name": "general", "experts": 2}],
+            },
+            {"kind": "evaluate", "name": "measure", "version": mode, "text": data, "sequences": 4},
+            {
+                "kind": "publish",
+                "name": "release",
+                "version": mode,
+                "into": {"model": "served", "version": "v1"},
+                **conditions,
+            },
+        ]
+        return PipelineJob.model_validate({"kind": "pipeline", "name": "all", "phases": phases})
+
+    def run(self, job: PipelineJob) -> None:
+        with EventStream(self.store, EventPlace("all")) as tell:
+            carry_out(pin(job, self.store), StorageSettings(uri=self.store.uri), self.folder / "work", tell)
+
+    def events(self) -> list[dict[str, Any]]:
+        return job_journal(self.store, "all").read(0)[0]
+
+    def phases(self) -> list[tuple[str, str]]:
+        return [(event["name"], event["state"]) for event in self.events() if event["event"] == "phase"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, dense: Path) -> Place:
+    return Place(tmp_path, dense)
+
+
+def test_each_phase_is_done_once_and_the_result_is_published(place: Place) -> None:
+    job = place.job(largest_perplexity={"count": 1000.0})
+    place.run(job)
+    assert place.phases() == [(n, s) for n in ("grow", "measure", "release") for s in ("started", "done")]
+    assert [e["ref"] for e in place.events() if e["event"] == "published"] == [
+        "mode@v1/safetensors",
+        "mode@v1/mixtral",
+        "served@v1/safetensors",
+    ]
+    assert {e["phase"] for e in place.events() if e["event"] == "published"} == {"grow", "release"}
+    served = read_manifest(place.store, VersionRef(model="served", version="v1"))
+    grown = read_manifest(place.store, VersionRef(model="mode", version="v1"))
+    assert served.files == grown.files and served.parents.base_version == "mode@v1/safetensors"
+    stock = [
+        read_manifest(place.store, VersionRef(model=m, version="v1", format="mixtral")) for m in ("mode", "served")
+    ]
+    assert stock[0].files == stock[1].files, "in every format that it has"
+    result = read_result(place.store, job_id(pin(job.phases[1], place.store)))
+    assert result is not None and result.version == "mode@v1/safetensors"
+
+    place.run(job)
+    assert place.phases()[6:] == [("grow", "skipped"), ("measure", "skipped"), ("release", "skipped")]
+
+
+def test_one_that_was_killed_goes_on_where_it_stood(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise StorageUnavailable("the store is away")
+
+    real = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", away)
+    with pytest.raises(StorageUnavailable):
+        place.run(place.job())
+    before = find_manifest(place.store, VersionRef(model="mode", version="v1"))
+    monkeypatch.setattr(evaluation, "evaluate", real)
+    place.run(place.job())
+    assert place.phases() == [
+        ("grow", "started"),
+        ("grow", "done"),
+        ("measure", "started"),
+        ("grow", "skipped"),
+        ("measure", "started"),
+        ("measure", "done"),
+        ("release", "started"),
+        ("release", "done"),
+    ]
+    assert find_manifest(place.store, VersionRef(model="mode", version="v1")) == before
+
+
+def test_what_is_not_good_enough_is_not_published(place: Place) -> None:
+    with pytest.raises(ZenrayError, match=r"perplexity of count is \d+\.\d+, not at most 1\.5"):
+        place.run(place.job(largest_perplexity={"count": 1.5}))
+    with pytest.raises(ZenrayError, match="accuracy of quiz is unknown"):
+        place.run(place.job(least_accuracy={"quiz": 0.5}))
+    assert find_manifest(place.store, VersionRef(model="served", version="v1")) is None
+
+
+def test_a_version_of_another_job_is_never_taken_for_ones_own(place: Place, dense: Path) -> None:
+    publish(place.store, VersionRef(model="served", version="v1"), dense)
+    with pytest.raises(Conflict, match="not made by this job"):
+        place.run(place.job())
+
+
+def test_events_are_also_on_this_machine_at_once(tmp_path: Path, place: Place) -> None:
+    kept = tmp_path / "kept" / "events.jsonl"
+    with EventStream(place.store, EventPlace("a", "one"), keep=kept) as tell:
+        tell({"event": "step", "step": 1})
+        assert json.loads(kept.read_text())["step"] == 1
+        tell.in_phase("two")({"event": "step", "step": 2})
+    records, _ = job_journal(place.store, "a").read(0)
+    assert [(record["phase"], record["step"]) for record in records] == [("one", 1), ("two", 2)]
+    with EventStream(place.store, EventPlace("a"), is_silent=True) as silent:
+        silent({"event": "step", "step": 3})
+    assert job_journal(place.store, "a").read(0)[0] == records
