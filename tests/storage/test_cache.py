@@ -15,7 +15,7 @@ import pytest
 from zenray.spec.errors import CorruptData, NotFound, StorageUnavailable
 from zenray.spec.versions import VersionRef
 from zenray.storage import cache, transfer
-from zenray.storage.cache import fetch
+from zenray.storage.cache import FetchReport, fetch
 from zenray.storage.fake import FakeStore
 from zenray.storage.versions import publish
 
@@ -237,3 +237,54 @@ def test_a_disk_that_fills_up_is_said_and_resumed_later(
     assert nothing_looks_whole(cache_dir)
     monkeypatch.setattr(os, "pwrite", pwrite)
     assert_whole(fetch(store, REF, cache_dir), source)
+
+
+def test_what_a_fetch_took_is_told(store: FakeStore, cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    reports: list[FetchReport] = []
+    store.fail("get_range", StorageUnavailable("away"), key_part="model.safetensors")
+    with pytest.raises(StorageUnavailable):
+        fetch(store, REF, cache_dir, on_done=reports.append)
+    assert reports == []
+    fetch(store, REF, cache_dir, on_done=reports.append)
+    (resumed,) = reports
+    assert resumed.total_bytes == resumed.fetched_bytes + resumed.resumed_bytes == 1026
+    assert resumed.resumed_bytes >= RANGE_BYTES and resumed.fetched_bytes > 0 and not resumed.was_cached
+    fetch(store, REF, cache_dir, on_done=reports.append)
+    assert (reports[1].fetched_bytes, reports[1].total_bytes, reports[1].was_cached) == (0, 1026, True)
+    assert "from an earlier attempt" in caplog.text and "found in the cache" in caplog.text
+
+
+def test_a_store_that_is_away_is_no_miss_of_the_cache(store: FakeStore, cache_dir: Path) -> None:
+    fetch(store, REF, cache_dir)
+    reports: list[FetchReport] = []
+    store.fail("get_bytes", StorageUnavailable("away"))
+    fetch(store, REF, cache_dir, on_done=reports.append)
+    assert reports[0].was_cached
+
+
+def test_ranges_of_the_next_file_arrive_while_one_is_hashed(
+    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "shards"
+    source.mkdir()
+    for number in range(3):
+        (source / f"shard-{number}").write_bytes(bytes([number]) * 250)
+    store = FakeStore()
+    publish(store, REF, source)
+    second_arrived = threading.Event()
+    get_range = store.get_range
+
+    def seen(key: str, start: int, length: int) -> bytes:
+        if key.endswith("shard-1"):
+            second_arrived.set()
+        return get_range(key, start, length)
+
+    def waiting_hash(path: Path) -> str:
+        assert second_arrived.wait(10), "the second file waits for the first one's hash"
+        return transfer.hash_file(path)
+
+    monkeypatch.setattr(store, "get_range", seen)
+    monkeypatch.setattr(cache, "hash_file", waiting_hash)
+    folder = fetch(store, REF, cache_dir)
+    assert (folder / "shard-2").read_bytes() == bytes([2]) * 250

@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
@@ -29,8 +31,33 @@ from zenray.storage.versions import parse_manifest, read_manifest
 
 _STAMPS_NAME = ".zenray-verified.json"
 _PARALLEL_RANGES = 8
+_PARALLEL_FILES = 2
 _SPARE_BYTES = 64 << 20
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FetchReport:
+    """What it took to have a version on this machine."""
+
+    ref: VersionRef
+    total_bytes: int
+    fetched_bytes: int  # from the store, now; 0: it was in the cache
+    resumed_bytes: int  # left by an attempt that was broken off
+    took_s: float
+
+    @property
+    def was_cached(self) -> bool:
+        return self.fetched_bytes == self.resumed_bytes == 0
+
+    def __str__(self) -> str:
+        if self.was_cached:
+            return f"{self.ref}: {self.total_bytes / 1e6:,.1f} MB found in the cache"
+        earlier = (
+            f", {self.resumed_bytes / 1e6:,.1f} MB were there from an earlier attempt" if self.resumed_bytes else ""
+        )
+        speed = self.fetched_bytes / 1e6 / max(self.took_s, 1e-9)
+        return f"{self.ref}: {self.fetched_bytes / 1e6:,.1f} MB in {self.took_s:.1f} s, {speed:,.0f} MB/s{earlier}"
 
 
 def fetch(
@@ -40,17 +67,39 @@ def fetch(
     *,
     progress: Progress | None = None,
     full_check: bool = False,
+    on_done: Callable[[FetchReport], None] | None = None,
 ) -> Path:
     """The folder of a version on this machine, downloaded if need be, each file's SHA-256 checked. Blocks; idempotent.
 
     What is cached already is looked over cheaply (size and modification time of each file; with `full_check` its
     SHA-256): a file that was touched since is hashed again and, if it differs, downloaded again. While the store cannot
     be reached, a cached version is used as it is, with a warning: published versions never change.
-    The folder also holds the manifest. It is shared: nobody may write to it. Progress phase: "download".
+    The folder also holds the manifest. It is shared: nobody may write to it. Progress phase: "download". What it took
+    is logged, and told to `on_done`.
 
     Raises NotFound, StorageUnavailable (also for a full disk here), CorruptData naming the file whose bytes in the
     store are not the manifest's; then nothing is left that looks whole.
     """
+    began_s = time.monotonic()
+    tally = _Tally()
+    folder, manifest = _fetched(store, ref, cache_dir, progress, full_check, tally)
+    took_s = time.monotonic() - began_s
+    report = FetchReport(ref, manifest.size_bytes, tally.fetched_bytes, tally.resumed_bytes, took_s)
+    _log.info("%s", report)
+    if on_done is not None:
+        on_done(report)
+    return folder
+
+
+@dataclass
+class _Tally:
+    fetched_bytes: int = 0
+    resumed_bytes: int = 0
+
+
+def _fetched(
+    store: ObjectStore, ref: VersionRef, cache_dir: Path, progress: Progress | None, full_check: bool, tally: _Tally
+) -> tuple[Path, Manifest]:
     folder = cache_dir / ref.model / ref.version / ref.format
     try:
         manifest = read_manifest(store, ref)
@@ -59,22 +108,22 @@ def fetch(
         if cached is None or _unsound(folder, cached, full_check):
             raise
         _log.warning("%s cannot be reached; using %s as cached in %s (%s)", store.uri, ref, folder, error)
-        return folder
+        return folder, cached
     if _cached_manifest(folder, ref) == manifest and _stamps_hold(folder, manifest) and not full_check:
-        return folder
+        return folder, manifest
     with _disk_errors(cache_dir), _locked(cache_dir, ref):
         if _cached_manifest(folder, ref) != manifest:
             partial = _partial_folder(cache_dir, manifest)
-            _fill(store, manifest, partial, manifest.files, progress)
+            _fill(store, manifest, partial, manifest.files, progress, tally)
             _seal(partial, manifest)
             _put_in_place(partial, folder)
         elif full_check or not _stamps_hold(folder, manifest):
             broken = _unsound(folder, manifest, full_check)
             if broken:
                 _log.warning("%s: %s changed on disk; downloading again", folder, ", ".join(e.path for e in broken))
-                _fill(store, manifest, folder, broken, progress)
+                _fill(store, manifest, folder, broken, progress, tally)
             _seal(folder, manifest)
-    return folder
+    return folder, manifest
 
 
 @contextmanager
@@ -151,16 +200,24 @@ def _fill(
     folder: Path,
     entries: tuple[FileEntry, ...] | list[FileEntry],
     progress: Progress | None,
+    tally: _Tally,
 ) -> None:
-    """Bring `entries` into `folder`, each verified. What is there and right is kept."""
+    """Bring `entries` into `folder`, each verified. What is there and right is kept.
+
+    Two files are under way at a time: while one is hashed, ranges of the next arrive.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     downloads = [_Download(store, manifest.ref, entry, folder) for entry in entries]
-    downloads = [download for download in downloads if not download.is_done()]
+    done = [download.is_done() for download in downloads]
+    tally.resumed_bytes += sum(d.entry.size_bytes for d, is_done in zip(downloads, done, strict=True) if is_done)
+    downloads = [download for download, is_done in zip(downloads, done, strict=True) if not is_done]
     counter = Counter(progress, "download", sum(download.entry.size_bytes for download in downloads))
-    _check_room(folder, sum(download.missing_bytes for download in downloads))
-    with ThreadPoolExecutor(_PARALLEL_RANGES) as executor:
-        for download in downloads:
-            download.run(executor, counter)
+    missing_bytes = sum(download.missing_bytes for download in downloads)
+    _check_room(folder, missing_bytes)
+    with ThreadPoolExecutor(_PARALLEL_RANGES) as ranges, ThreadPoolExecutor(_PARALLEL_FILES) as files:
+        run_all(files, lambda download: download.run(ranges, counter), downloads)
+    tally.fetched_bytes += missing_bytes
+    tally.resumed_bytes += sum(download.entry.size_bytes for download in downloads) - missing_bytes
 
 
 class _Download:
