@@ -1,4 +1,4 @@
-"""Our vLLM model in a real engine: log-probabilities and greedy answers as zenray.model has them, from its files."""
+"""Our vLLM model, and our exports, in a real engine: log-probabilities and greedy answers as zenray.model has them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from zenray.model.config import ExpertGroup, MoDEConfig, RopeParameters, RouterConfig
 from zenray.model.hf import ZenModeConfig, ZenModeForCausalLM
+from zenray.model.hf.export import export
 from zenray.model.router import ExpertChoiceRouter, TokenChoiceRouter
 
 pytestmark = pytest.mark.contract
@@ -66,6 +67,29 @@ CASES = {
 }
 
 
+PROMPTS = [
+    torch.randint(0, 160, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (2, 17, 60)
+]
+
+# What `zenray run` publishes for stock vLLM: the class, and the model that it is made of.
+EXPORTED = {
+    "Qwen3-MoE: three groups, two widths, a dense layer, plain probabilities, YaRN": (
+        "Qwen3MoeForCausalLM",
+        replace(
+            PLAIN,
+            expert_groups=(ExpertGroup("general", 2, 32), ExpertGroup("code", 3, 64), ExpertGroup("math", 1, 32)),
+            router=RouterConfig(experts_per_token=3, renormalize=False),
+            qk_norm=True,
+            rope_parameters=RopeParameters("yarn", 1e4, factor=4.0, original_max_position_embeddings=32),
+        ),
+    ),
+    "Mixtral: two widths, two dense layers as equal experts": (
+        "MixtralForCausalLM",
+        replace(PLAIN, expert_groups=(ExpertGroup("general", 2, 64), ExpertGroup("code", 2, 96))),
+    ),
+}
+
+
 def make_checkpoint(config: MoDEConfig, folder: Path) -> ZenModeForCausalLM:
     """Random weights, biases and norms; routers that have learnt something. Saved as every zen_mode checkpoint is."""
     torch.manual_seed(0)
@@ -84,10 +108,12 @@ def make_checkpoint(config: MoDEConfig, folder: Path) -> ZenModeForCausalLM:
     return model
 
 
-def ask_vllm(folders: list[Path], prompts: list[list[int]], tmp_path: Path) -> list[list[dict[str, Any]]]:
+def ask_vllm(
+    folders: list[Path], prompts: list[list[int]], tmp_path: Path, **engine: Any
+) -> list[list[dict[str, Any]]]:
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    command = [sys.executable, "-m", "tests.contract.vllm_answers", str(tmp_path / "prompts.json"), *map(str, folders)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "tests.contract.vllm_answers", str(tmp_path / "prompts.json"), json.dumps(engine)]
+    ran = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True, timeout=400)
     assert ran.returncode == 0, ran.stderr[-4000:]
     lines = [line.removeprefix("answers: ") for line in ran.stdout.splitlines() if line.startswith("answers: ")]
     return [json.loads(line) for line in lines]
@@ -105,12 +131,42 @@ def check_answer(model: ZenModeForCausalLM, prompt: list[int], answer: dict[str,
 
 
 def test_vllm_answers_as_our_own_network_does(tmp_path: Path) -> None:
-    models = [make_checkpoint(config, tmp_path / str(index)) for index, config in enumerate(CASES.values())]
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(0, 160, (length,), generator=generator).tolist() for length in (2, 17, 60)]
-    answers = ask_vllm([tmp_path / str(index) for index in range(len(models))], prompts, tmp_path)
-    for case, model, found in zip(CASES, models, answers, strict=True):
-        for prompt, answer in zip(prompts, found, strict=True):
+    """Our vLLM model, and vLLM's own with what our export makes: one process, one engine after the other."""
+    models, folders = {}, []
+    for case, config in CASES.items():
+        folders.append(tmp_path / str(len(folders)))
+        models[case] = make_checkpoint(config, folders[-1])
+    for case, (stock_class, config) in EXPORTED.items():
+        folders.append(tmp_path / str(len(folders)))
+        models[case] = make_checkpoint(config, tmp_path / "ours")
+        export(tmp_path / "ours", folders[-1], replicate_dense=True)
+        assert json.loads((folders[-1] / "config.json").read_text())["architectures"] == [stock_class]
+    check_answers(models, PROMPTS, ask_vllm(folders, PROMPTS, tmp_path))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        {"tensor_parallel_size": 4, "enable_expert_parallel": True},  # more ranks than key/value heads; uneven experts
+        {"pipeline_parallel_size": 2},
+    ],
+    ids=json.dumps,
+)
+def test_ranks_that_share_a_model_answer_as_one(engine: dict[str, Any], tmp_path: Path) -> None:
+    """Processes with a part of the weights each, that speak over gloo; all that can be sharded is in these two."""
+    cases = {case: config for case, config in CASES.items() if case.startswith(("thresholds", "selection bias"))}
+    cases = {case: replace(config, tie_word_embeddings=config.attention_bias) for case, config in cases.items()}
+    folders = [tmp_path / str(index) for index in range(len(cases))]
+    models = {case: make_checkpoint(*pair) for case, *pair in zip(cases, cases.values(), folders, strict=True)}
+    check_answers(models, PROMPTS, ask_vllm(folders, PROMPTS, tmp_path, **engine))
+
+
+def check_answers(models: dict[str, ZenModeForCausalLM], prompts: list[list[int]], found: list[Any]) -> None:
+    for (case, model), answers in zip(models.items(), found, strict=True):
+        for prompt, answer in zip(prompts, answers, strict=True):
             try:
                 check_answer(model, prompt, answer)
             except AssertionError as error:

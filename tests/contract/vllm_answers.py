@@ -1,6 +1,8 @@
 """vLLM in a process of its own: greedy answers to given tokens, with log-probabilities, as one line of JSON a folder.
 
-python -m tests.contract.vllm_answers PROMPTS.json FOLDER...
+python -m tests.contract.vllm_answers PROMPTS.json ENGINE FOLDER...
+
+ENGINE: more of the engine's arguments, as JSON, such as {"tensor_parallel_size": 2}.
 """
 
 from __future__ import annotations
@@ -55,9 +57,9 @@ def main() -> None:
     from zenray.serving.engine.vllm import environment
 
     os.environ.update(environment(1, 0) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    prompts = json.loads(Path(sys.argv[1]).read_text())
-    for folder in sys.argv[2:]:
-        print(f"answers: {json.dumps(answers(folder, prompts))}", flush=True)
+    prompts, engine = json.loads(Path(sys.argv[1]).read_text()), json.loads(sys.argv[2])
+    for folder in sys.argv[3:]:
+        print(f"answers: {json.dumps(answers(folder, prompts, **engine))}", flush=True)
         cleanup_dist_env_and_memory()
 
 
