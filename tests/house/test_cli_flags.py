@@ -29,6 +29,7 @@ FLAGS = {
     "models versions": ["--json", "MODEL"],
     "orgs create": ["NAME"],
     "orgs list": ["--json"],
+    "plan": ["--file", "--json", "-f", "FILE"],
     "run": ["--follow", "FILE"],
     "status": ["--json"],
     "undeploy": ["MODEL"],

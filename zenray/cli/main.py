@@ -8,7 +8,7 @@ import sys
 import typer
 
 from zenray import __version__
-from zenray.cli.commands import accounts, chat, data, deployments, jobs, models, platform, runs
+from zenray.cli.commands import accounts, chat, data, deployments, jobs, models, plan, platform, runs
 from zenray.cli.output import console, errors
 from zenray.spec.errors import ZenrayError
 
@@ -33,6 +33,7 @@ app.add_typer(accounts.credits, name="credits")
 app.command("usage")(accounts.usage)
 app.command("chat")(chat.chat)
 app.command("run")(runs.run)
+app.command("plan")(plan.plan)
 app.add_typer(jobs.app, name="jobs")
 app.command("data")(data.data)
 

@@ -48,6 +48,14 @@ class StorageSettings(Document):
     endpoint_url: str | None = Field(None, description="For S3 servers other than Amazon's.")
 
 
+class Nodes(Document):
+    """A cluster's machines, all alike: for what is reckoned before anything starts (`zenray plan`)."""
+
+    count: int = Field(1, ge=1)
+    gpu: str = Field(description="A name of the catalog's GPUs, such as `A100 80GB`.")
+    gpus: int = Field(8, ge=1, description="Of each machine.")
+
+
 class Platform(Document):
     name: str
     backend: Literal["local", "kuberay"] = "local"
@@ -56,4 +64,5 @@ class Platform(Document):
     control: ControlSettings = ControlSettings()
     gateway: GatewaySettings = GatewaySettings()
     storage: StorageSettings = StorageSettings()
+    nodes: Nodes | None = Field(None, description="The machines, where that is said.")
     deployments: tuple[DeploymentSpec, ...] = Field((), description="Deployed when the platform comes up.")
