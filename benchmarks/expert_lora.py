@@ -114,7 +114,8 @@ def race(shape: Shape, rounds: int) -> tuple[dict[str, float], float]:
     """The least CPU seconds of a step of each, taken in turn, and how far the two are apart.
 
     The distance is of the whole tensors, ‖ours − PEFT's‖ / ‖PEFT's‖, the largest over the output and all gradients: of
-    the input, the gate weights, and both factors of both matrices. AssertionError above 1e-6.
+    the input, the gate weights, and both factors of both matrices. That the two are equal is for tests/parity to show;
+    here float32 sums over 512 numbers, in another order by another library. AssertionError above 1e-5.
     """
     torch.manual_seed(0)
     ours, theirs = make_pair(shape)
@@ -132,7 +133,7 @@ def race(shape: Shape, rounds: int) -> tuple[dict[str, float], float]:
 
     pairs = zip(step("ours") + gradients_of_ours(ours), step("peft") + gradients_of_pefts(theirs), strict=True)
     distance = max(float((one - other).norm() / other.norm()) for one, other in pairs)
-    assert distance <= 1e-6, f"ours differs from PEFT by {distance:.1e}"
+    assert distance <= 1e-5, f"ours differs from PEFT by {distance:.1e}"
     best_s = {"ours": float("inf"), "peft": float("inf")}
     for _ in range(rounds):
         for name, layer in (("ours", ours), ("peft", theirs)):
