@@ -129,6 +129,8 @@ def _dimensions(catalog: Catalog, model: str) -> ModelDimensions:
 
 def _teachers(job: TrainingJob, catalog: Catalog, student: ModelDimensions) -> Iterator[ModelDimensions]:
     for teacher in job.teachers if isinstance(job, DistillJob) else ():
+        if teacher.version is None:  # it runs elsewhere
+            continue
         found = _dimensions(catalog, teacher.version.model)
         if found.vocab_size != student.vocab_size:
             raise InvalidValue(
@@ -191,28 +193,35 @@ def _what_fits(
     def fits(layout: TrainingLayout, settings: Settings) -> bool:
         return all(stage.fullest.total <= usable_bytes for stage in _stages(dimensions, layout, settings, teachers))
 
-    said = []
-    if not layout.fully_sharded and layout.of_stage > 1:
-        layout = replace(layout, fully_sharded=True)
-        said.append("workers.fully_sharded: true")
-        if fits(layout, settings):
-            return f"It fits with {said[0]}."
-    if settings.recomputed != "full":
-        settings = replace(settings, recomputed="full")
-        said.append("activation_checkpointing: full")
-        if fits(layout, settings):
-            return f"It fits with {' and '.join(said)}."
-    if settings.sequences > 1:
-        settings = replace(settings, sequences=1)
-        said.append("sequences_per_pass: 1")
+    said: list[str] = []
+    for layout, settings, words in _ways_to_fit(layout, settings):
+        said += words
         if fits(layout, settings):
             return f"It fits with {', '.join(said)}."
     layout = replace(layout, fully_sharded=True)
     while layout.workers < _MOST_WORKERS:
         layout = replace(layout, workers=2 * layout.workers)
         if fits(layout, settings):
-            return f"It fits with workers.count: {layout.workers}{''.join(f', {word}' for word in said)}."
+            return f"It fits with {', '.join([f'workers.count: {layout.workers}', *said])}."
     return "More workers alone do not help: use shorter sequences, or a larger expert_parallel."
+
+
+def _ways_to_fit(
+    layout: TrainingLayout, settings: Settings
+) -> Iterator[tuple[TrainingLayout, Settings, tuple[str, ...]]]:
+    """What to change on the same GPUs, one after the other, each on top of those before: the cheapest first."""
+    if not layout.fully_sharded and layout.of_stage > 1:
+        layout = replace(layout, fully_sharded=True)
+        yield layout, settings, ("workers.fully_sharded: true",)
+    if settings.recomputed != "full":
+        settings = replace(settings, recomputed="full")
+        yield layout, settings, ("activation_checkpointing: full",)
+    if settings.accumulates:  # the sums of several passes are whole, also where weights are cut
+        settings = replace(settings, accumulates=False)
+        yield layout, settings, (f"sequences_per_step: {layout.of_stage * settings.sequences} (a single pass)",)
+    if settings.sequences > 1:
+        settings = replace(settings, sequences=1)
+        yield layout, settings, ("sequences_per_pass: 1",)
 
 
 def _speed(

@@ -62,6 +62,11 @@ class TrainingData(Document):
 class Optimisation(Document):
     """AdamW with a warm-up and a cosine, and gradients clipped by expert, then as a whole."""
 
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw",
+        description="adamw: moments in float32. adamw-8bit: in 8 bits with a scale for every 256 (arXiv 2110.02861, "
+        "by bitsandbytes), 2 bytes a weight for 8; weights whose rows are not a multiple of 256 long keep float32.",
+    )
     learning_rate: Positive = 1e-4
     final_share: float = Field(0.1, ge=0, le=1, description="The last step's learning rate, as a share of the highest.")
     warmup_steps: int = Field(10, ge=0)
@@ -139,6 +144,28 @@ class Evaluation(Document):
     sequences: int = Field(8, ge=0, description="Of each domain's held-out part, at most; 0: no evaluation.")
 
 
+class MlflowTracking(Document):
+    """Needs the optional package `mlflow`. Credentials come from the workers' environment."""
+
+    uri: str = Field(description="A tracking server, or file:/PATH.")
+    experiment: str = Field("zenray", min_length=1)
+
+
+class WandbTracking(Document):
+    """Needs the optional package `wandb`. The key comes from the workers' environment (WANDB_API_KEY)."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class Tracking(Document):
+    """Where metrics go besides zenray's own events. It changes nothing of the result."""
+
+    mlflow: MlflowTracking | None = None
+    wandb: WandbTracking | None = None
+
+
 class _TrainingJob(Document):
     name: str
     base: BaseVersion = Field(description="Gives the network, the tokenizer and, unless they are fresh, the weights.")
@@ -166,6 +193,7 @@ class _TrainingJob(Document):
         "what is cheap, keeping products and attention (selective), or nothing (none; false).",
     )
     faults: Faults = Faults()
+    tracking: Tracking = Tracking()
     seed: int = 0
     stock_format: Literal["none", "exact", "replicate"] = Field(
         "none",
@@ -208,9 +236,35 @@ class PretrainJob(_TrainingJob):
     kind: Literal["pretrain"]
 
 
+class TeacherEndpoint(Document):
+    """A running vLLM server with a model of the student's tokenizer."""
+
+    base_url: str = Field(pattern=r"^https?://", description="Such as http://teacher:8000/v1.")
+    model: str = Field(min_length=1)
+    key_from: str | None = Field(None, description="The environment variable of the workers that holds its API key.")
+    requests_at_once: int = Field(8, ge=1)
+
+
 class Teacher(Document):
-    version: BaseVersion
+    """A published version that runs beside the student, or an endpoint that is asked."""
+
+    version: BaseVersion | None = None
+    endpoint: TeacherEndpoint | None = None
     weight: Positive = 1.0
+    top_logits: int | None = Field(
+        None,
+        ge=1,
+        description="Keep this many of each position's likeliest tokens on disk, asked for once; all others count as "
+        "one. Needed for an endpoint. None: all logits, computed anew in every step.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Teacher:
+        if (self.version is None) == (self.endpoint is None):
+            raise ValueError("a teacher needs either version or endpoint")
+        if self.endpoint is not None and self.top_logits is None:
+            raise ValueError("a teacher behind an endpoint needs top_logits: it does not send all of its logits")
+        return self
 
 
 class DistillJob(_TrainingJob):
@@ -220,6 +274,14 @@ class DistillJob(_TrainingJob):
     teachers: tuple[Teacher, ...] = Field(min_length=1)
     distillation: float = Field(1.0, ge=0, description="λ, for the mean over teachers by their weights.")
     temperature: Positive = Field(1.0, description="Softens both distributions; the loss is scaled by its square.")
+
+    @model_validator(mode="after")
+    def _endpoints_do_not_soften(self) -> DistillJob:
+        if self.temperature != 1 and any(teacher.endpoint for teacher in self.teachers):
+            raise ValueError(
+                f"temperature is {self.temperature}, but a teacher behind an endpoint tells its distribution at 1 only"
+            )
+        return self
 
 
 TrainingJob = PretrainJob | DistillJob

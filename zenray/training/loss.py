@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zenray.model.balance import RouterStats
+from zenray.model.distillation import TopLogits, top_forward_kl
 from zenray.model.network import Masks, MoDE
 from zenray.training.data.stream import IGNORED, Batch
 
@@ -26,6 +27,33 @@ class TeacherStates(NamedTuple):
     h_TD: Tensor
     head_VD: Tensor
     weight: float  # of this teacher; they sum to 1
+
+    def part(self, rows: slice) -> TeacherStates:
+        return self._replace(h_TD=self.h_TD[rows])
+
+    def kl(self, logits: Tensor, log_q: Tensor, counted: Tensor, temperature: float) -> Tensor:
+        """τ²·KL(teacher ‖ student), summed over the counted tokens. `log_q`: of the student, softened."""
+        log_p = (F.linear(self.h_TD, self.head_VD).float() / temperature).log_softmax(dim=-1)
+        of_token = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+        return temperature**2 * (of_token * counted).sum()
+
+
+class TopStates(NamedTuple):
+    """What was kept of a teacher's answer: its likeliest tokens."""
+
+    top: TopLogits
+    weight: float
+
+    def part(self, rows: slice) -> TopStates:
+        return self._replace(
+            top=self.top._replace(ids_TN=self.top.ids_TN[rows], log_probs_TN=self.top.log_probs_TN[rows])
+        )
+
+    def kl(self, logits: Tensor, log_q: Tensor, counted: Tensor, temperature: float) -> Tensor:
+        return top_forward_kl(logits, self.top, valid_T=counted) * counted.sum()
+
+
+Taught = TeacherStates | TopStates
 
 
 class HeadLoss(NamedTuple):
@@ -48,7 +76,7 @@ def head_loss(
     h_TD: Tensor,
     head_VD: Tensor,
     labels_T: Tensor,
-    teachers: Sequence[TeacherStates] = (),
+    teachers: Sequence[Taught] = (),
     *,
     distillation: float = 0.0,
     temperature: float = 1.0,
@@ -70,7 +98,7 @@ class Objective(nn.Module):
     def forward(
         self,
         batch: Batch,
-        teachers: Sequence[TeacherStates] = (),
+        teachers: Sequence[Taught] = (),
         *,
         distillation: float = 0.0,
         temperature: float = 1.0,
@@ -86,7 +114,7 @@ class Objective(nn.Module):
 
 
 def _chunk_loss(
-    h: Tensor, head_VD: Tensor, labels: Tensor, teachers: Sequence[TeacherStates], temperature: float
+    h: Tensor, head_VD: Tensor, labels: Tensor, teachers: Sequence[Taught], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """(lm, kl) summed over one chunk. `teachers` hold the chunk's states."""
     logits = F.linear(h, head_VD).float()
@@ -96,9 +124,7 @@ def _chunk_loss(
         counted = labels != IGNORED
         log_q = (logits / temperature).log_softmax(dim=-1)
         for teacher in teachers:
-            log_p = (F.linear(teacher.h_TD, teacher.head_VD).float() / temperature).log_softmax(dim=-1)
-            of_token = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-            kl = kl + teacher.weight * temperature**2 * (of_token * counted).sum()
+            kl = kl + teacher.weight * teacher.kl(logits, log_q, counted, temperature)
     return lm, kl
 
 
@@ -111,7 +137,7 @@ class _ChunkedHead(torch.autograd.Function):
         h_TD: Tensor,
         head_VD: Tensor,
         labels_T: Tensor,
-        teachers: tuple[TeacherStates, ...],
+        teachers: tuple[Taught, ...],
         distillation: float,
         temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +149,7 @@ class _ChunkedHead(torch.autograd.Function):
             part = slice(start, start + CHUNK_TOKENS)
             h = h_TD[part].detach().requires_grad_(needs_h)
             head = head_VD.detach().requires_grad_(needs_head)
-            taught = [teacher._replace(h_TD=teacher.h_TD[part]) for teacher in teachers]
+            taught = [teacher.part(part) for teacher in teachers]
             with torch.set_grad_enabled(needs_h or needs_head):
                 chunk_lm, chunk_kl = _chunk_loss(h, head, labels_T[part], taught, temperature)
                 wanted = [tensor for tensor in (h, head) if tensor.requires_grad]

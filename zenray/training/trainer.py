@@ -15,12 +15,13 @@ from zenray.spec.training import DistillJob, TrainingJob
 from zenray.training.data.stream import Batch
 from zenray.training.expert_parallel import parallelize
 from zenray.training.gradients import GradientNorms, clip_gradients, reduce_gradients
-from zenray.training.loss import HeadLoss, Objective, TeacherStates
+from zenray.training.loss import HeadLoss, Objective, Taught, TeacherStates, TopStates
 from zenray.training.mesh import Mesh
 from zenray.training.optimizer import decay_partly_frozen, learning_rate, make_optimizer, set_learning_rate
 from zenray.training.recompute import recompute
 from zenray.training.routing import StepRouting
 from zenray.training.sharding import add_up_gradients, let_go, shard
+from zenray.training.teachers import TopTeacher
 from zenray.training.trainable import bank_sizes, choose, collect_gradients, publish_masters, trainables
 
 Accept = Callable[[float, float], bool]
@@ -47,23 +48,38 @@ class StepReport:
     was_skipped: bool
     entropy_ratios: tuple[float, ...]
     max_violations: tuple[float, ...]
+    loads: tuple[tuple[float, ...], ...]
+    dropped_tokens: int
+
+
+def require_vocabulary(theirs: int, ours: int) -> None:
+    """InvalidValue where a teacher's vocabulary is not the student's."""
+    if theirs != ours:
+        raise InvalidValue(
+            f"The teacher has {theirs:,} tokens in its vocabulary, the student {ours:,}.",
+            hint="Distillation compares the two distributions token by token: use a teacher of one tokenizer.",
+        )
 
 
 class Trainer:
     """A network in training on this worker. Cuts `model` to this worker's experts and owns it from then on."""
 
     def __init__(
-        self, model: MoDE, job: TrainingJob, mesh: Mesh | None = None, teachers: Sequence[tuple[MoDE, float]] = ()
+        self,
+        model: MoDE,
+        job: TrainingJob,
+        mesh: Mesh | None = None,
+        teachers: Sequence[tuple[MoDE, float]] = (),
+        kept_teachers: Sequence[tuple[TopTeacher, float]] = (),
     ) -> None:
-        """`teachers`: networks and weights. InvalidValue for a teacher of another vocabulary, or nothing to train."""
+        """`teachers`: networks and weights; `kept_teachers`: those of which the likeliest tokens are kept.
+
+        InvalidValue for a teacher of another vocabulary, or nothing to train.
+        """
         self.model, self.job, self.mesh = model, job, mesh or Mesh()
+        self.kept_teachers = list(kept_teachers)
         for teacher, _ in teachers:
-            theirs, ours = teacher.config.vocab_size, model.config.vocab_size
-            if theirs != ours:
-                raise InvalidValue(
-                    f"The teacher has {theirs:,} tokens in its vocabulary, the student {ours:,}.",
-                    hint="Distillation compares the two distributions token by token: use a teacher of one tokenizer.",
-                )
+            require_vocabulary(teacher.config.vocab_size, model.config.vocab_size)
         dtype = getattr(torch, job.dtype)
         self.bank_sizes = bank_sizes(model)
         choose(model, job.train, self.bank_sizes, dtype)
@@ -73,12 +89,6 @@ class Trainer:
         self.trainables = trainables(model, self.mesh, job.train, self.bank_sizes, dtype)
         self.teachers = [(self._place_teacher(teacher, dtype), weight) for teacher, weight in teachers]
         self.optimizer = make_optimizer(self.trainables, job.optimisation)
-        for one in self.trainables:  # as AdamW would at its first step, so that a checkpoint has them from the start
-            self.optimizer.state[one.master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=one.master.device),
-                "exp_avg": torch.zeros_like(one.master),
-                "exp_avg_sq": torch.zeros_like(one.master),
-            }
 
     def step(self, index: int, batches: Sequence[Batch], accept: Accept = is_finite) -> StepReport:
         """Train on this worker's batches of step `index`. Collective: all workers pass equally many batches.
@@ -121,6 +131,8 @@ class Trainer:
             was_skipped=not is_sound,
             entropy_ratios=tuple(layer.entropy_ratio for layer in routing.reports()),
             max_violations=tuple(layer.max_violation for layer in routing.reports()),
+            loads=tuple(layer.load for layer in routing.reports()),
+            dropped_tokens=routing.dropped_tokens(),
         )
 
     @torch.no_grad()
@@ -153,10 +165,15 @@ class Trainer:
     def _forward(self, batch: Batch) -> tuple[HeadLoss, list[RouterStats]]:
         if not isinstance(self.job, DistillJob):
             return self.objective(batch)
-        states = []
+        states: list[Taught] = []
         for teacher, weight in self.teachers:
             with torch.no_grad():
                 states.append(TeacherStates(teacher.hidden_states(batch), teacher.model.lm_head.weight, weight))
+        for kept, weight in self.kept_teachers:
+            top = kept.top_logits(batch)
+            device = self.mesh.device
+            moved = top._replace(ids_TN=top.ids_TN.to(device), log_probs_TN=top.log_probs_TN.to(device))
+            states.append(TopStates(moved, weight))
         found = self.objective(batch, states, distillation=self.job.distillation, temperature=self.job.temperature)
         for teacher, _ in self.teachers:
             let_go(teacher)
