@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zenray.spec.errors import CorruptData
 from zenray.training.layout import layouts_of, local_part
+from zenray.training.optimizer import RULES, Rule
 from zenray.training.trainable import named_tensors, publish_masters
 from zenray.training.trainer import Trainer
 
@@ -56,7 +57,7 @@ def load(trainer: Trainer, folder: Path) -> int:
     with _quiet():
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     for one in trainer.trainables:
-        trainer.optimizer.state[one.master]["step"].fill_(float(state["updates"]))
+        _rule(trainer).set_updates(trainer.optimizer, one.master, int(state["updates"]))
     publish_masters(trainer.trainables)
     return int(state["step"])
 
@@ -106,13 +107,16 @@ def _tensors(trainer: Trainer) -> dict[str, Any]:
     held |= {one.name: one.master.detach() for one in trainer.trainables}
     state = {_WEIGHT + name: layouts[name].as_part(tensor) for name, tensor in held.items()}
     for one in trainer.trainables:
-        for moment in ("exp_avg", "exp_avg_sq"):
-            local = trainer.optimizer.state[one.master][moment]
-            state[f"{_MOMENT}{moment}.{one.name}"] = layouts[one.name].as_part(local)
+        layout = layouts[one.name]
+        for moment, local in _rule(trainer).moments(trainer.optimizer, one.master).items():
+            state[f"{_MOMENT}{moment}.{one.name}"] = layout.with_last_axis(local).as_part(local)
     return state
+
+
+def _rule(trainer: Trainer) -> Rule:
+    return RULES[trainer.job.optimisation.optimizer]
 
 
 def _updates(trainer: Trainer) -> int:
     """Steps that the optimiser took: fewer than the run's where some were skipped."""
-    first = trainer.trainables[0].master
-    return int(trainer.optimizer.state[first]["step"])
+    return _rule(trainer).updates(trainer.optimizer, trainer.trainables[0].master)

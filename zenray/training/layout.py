@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Layout:
         if local.numel() == 0:  # whose other axes FSDP has not cut
             local = local.new_empty([part.stop - part.start for part in self.region()])
         return DTensor.from_local(local, self.mesh, self.placements, shape=self.shape, stride=stride)
+
+    def with_last_axis(self, local: Tensor) -> Layout:
+        """Of a tensor cut as this one whose last axis, which nothing cuts, may have another length."""
+        return replace(self, shape=torch.Size((*self.shape[:-1], local.shape[-1]))) if len(self.shape) > 1 else self
 
     def region(self) -> tuple[slice, ...]:
         """Where this worker's part lies in the whole, on each axis. Axes of the mesh cut one after the other."""

@@ -49,11 +49,27 @@ def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype, sizes: dict[str,
         fully_shard(model.model.embed_tokens, mesh=mesh.everyone, mp_policy=precision)
     fully_shard(objective, mesh=mesh.everyone, mp_policy=precision)
     register_fsdp_forward_method(objective, "hidden_states")
+    _order_gathering(objective)
     for part in objective.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
             part.set_reduce_scatter_unused_params(True)
+
+
+def _order_gathering(objective: Objective) -> None:
+    """In the backward pass, gather what comes next while a part computes, in an order that all workers share.
+
+    FSDP's own order leaves out parts without weights: a worker without experts would gather a layer while the others
+    wait for it in an exchange of rows.
+    """
+    before: nn.Module = objective if objective.model.config.tie_word_embeddings else objective.model.model.embed_tokens
+    for layer in objective.model.model.layers:
+        parts = [layer.mlp.experts] if isinstance(layer.mlp, MixtureOfExperts) else []
+        for part in (*parts, layer):
+            part.set_modules_to_backward_prefetch([before])
+            before = part
+    objective.set_modules_to_backward_prefetch([before])
 
 
 def add_up_gradients(objective: nn.Module, is_last: bool) -> None:
