@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import heapq
+import os
 import random
 from collections import Counter, OrderedDict
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zenray.gateway.homes import Homes
 from zenray.gateway.replica_choice import (
     BLOCK_BYTES,
     MAX_PREFIX_BYTES,
     PrefixMemory,
     choose,
+    home_key,
     name_blocks,
     prompt_prefix,
     slack,
@@ -44,11 +47,13 @@ def test_what_knows_the_prompt_is_preferred_until_it_is_much_busier() -> None:
     memory, blocks = PrefixMemory(), blocks_of(text("x", 3000))
     memory.note(blocks, "b")
     longer = blocks_of(text("x", 3000), text("question", 500))
-    for busy in range(slack(0) + 1):
+    known = len(blocks)
+    for busy in range(slack(0, known) + 1):
         assert pick(longer, memory, {"b": busy}) == "b"
-    assert pick(longer, memory, {"b": slack(0) + 1}) != "b"
-    assert pick(longer, memory, {"a": 10, "b": 15, "c": 10}) == "b"
-    assert pick(longer, memory, {"a": 10, "b": 16, "c": 11}) == "a"
+    assert pick(longer, memory, {"b": slack(0, known) + 1}) != "b"
+    assert pick(longer, memory, {"a": 10, "b": 10 + slack(10, known), "c": 10}) == "b"
+    assert pick(longer, memory, {"a": 10, "b": 11 + slack(10, known), "c": 12}) == "a"
+    assert slack(0) == 2 and slack(0, 8) == 4 and slack(0, 64) == slack(0, 1000) == 10
 
 
 def test_the_longest_match_wins_and_ties_go_to_the_less_busy() -> None:
@@ -73,13 +78,13 @@ def test_a_replica_that_vanished_is_never_chosen() -> None:
     memory, blocks = PrefixMemory(), blocks_of(text("x", 3000))
     for _ in range(10):
         memory.note(blocks, "gone")
-        assert pick(blocks, memory, {"gone": 0, "a": 5, "b": 6, "c": 7}) == "a"
+        assert pick(blocks, memory, {"gone": 0, "a": 5, "b": 7, "c": 7}) == "a"
 
 
 def test_a_little_in_common_does_not_decide() -> None:
     memory = PrefixMemory()
     memory.note(blocks_of(text("header", BLOCK_BYTES)), "c")
-    assert pick(blocks_of(text("header", BLOCK_BYTES) + text("x", 8000)), memory, {"c": 1, "b": 1}) == "a"
+    assert pick(blocks_of(text("header", BLOCK_BYTES) + text("x", 8000)), memory, {"c": 2, "b": 2}) == "a"
 
 
 def test_gateways_that_know_nothing_of_each_other_agree() -> None:
@@ -87,6 +92,66 @@ def test_gateways_that_know_nothing_of_each_other_agree() -> None:
     first = [pick(prompt, PrefixMemory(), {}, turn=0) for prompt in prompts]
     assert first == [pick(prompt, PrefixMemory(), {}, turn=number) for number, prompt in enumerate(prompts)]
     assert min(Counter(first).values()) > 40
+
+
+def test_a_prompt_s_home_draws_back_what_was_sent_elsewhere_in_a_rush() -> None:
+    memory, blocks = PrefixMemory(), blocks_of(text("x", 3000))
+    memory.note(blocks, "b")
+    memory.note(blocks, "c")  # when b was too busy
+    assert pick(blocks, memory, {"b": 2}, home="b") == "b"
+    long = blocks_of(text("x", 3000), text("conversation", 8000))
+    memory.note(long, "c")
+    assert pick(long, memory, {"b": 0, "c": 2}, home="b") == "c"  # which knows far more of it
+
+
+def test_a_home_that_another_process_has_chosen_is_known() -> None:
+    blocks = blocks_of(text("x", 3000))
+    for home in "abc":
+        assert pick(blocks, PrefixMemory(), {home: 2}, home=home) == home
+        assert pick(blocks, PrefixMemory(), {home: 20}, home=home) != home
+    assert pick(blocks, PrefixMemory(), {}, home="gone") in "abc"
+
+
+def test_new_prompts_go_to_those_that_are_home_to_the_fewest() -> None:
+    held = {"a": 3, "b": 1, "c": 2}
+    for number in range(20):
+        blocks = blocks_of(text(str(number), 2000))
+        assert pick(blocks, PrefixMemory(), {"b": 1}, held=held.__getitem__) == "b"
+        assert pick(blocks, PrefixMemory(), {"b": 2}, held=held.__getitem__) == "c"
+
+
+def test_homes_are_agreed_on_across_processes() -> None:
+    homes = Homes()
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        for number in range(100):
+            homes.settle(home_key(blocks_of(text(str(number), 2000))), "ab"[number % 2])
+        os.write(write, b".")
+        os._exit(0)
+    assert os.read(read, 1) == b"." and os.waitpid(pid, 0)[1] == 0
+    keys = [home_key(blocks_of(text(str(number), 2000))) for number in range(100)]
+    assert [homes.find(key, REPLICAS) for key in keys] == ["ab"[number % 2] for number in range(100)]
+    assert (homes.held("a"), homes.held("b"), homes.held("c")) == (50, 50, 0)
+    assert homes.find(keys[0], REPLICAS[1:]) is None  # its replica is gone
+    homes.settle(keys[0], "c")
+    assert homes.find(keys[0], REPLICAS) == "c" and (homes.held("a"), homes.held("c")) == (49, 1)
+    os.close(read)
+    os.close(write)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.sampled_from("abc")), max_size=100))
+def test_a_small_table_forgets_but_never_lies(settled: list[tuple[int, str]]) -> None:
+    homes, truth = Homes(slots=8), {}
+    for key, name in settled:
+        homes.settle(key, name)
+        truth[key] = name
+        assert homes.find(key, REPLICAS) == name
+    for key, name in truth.items():
+        assert homes.find(key, REPLICAS) in (None, name) or any(
+            other % 8 == key % 8 and other >> 32 == key >> 32 for other in truth if other != key
+        )
+    assert sum(homes.held(name) for name in "abc") <= 8
 
 
 def test_nothing_is_shared_between_roots() -> None:

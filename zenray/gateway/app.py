@@ -14,6 +14,7 @@ from zenray.gateway.admission import Endpoint
 from zenray.gateway.config import GatewayConfig
 from zenray.gateway.credit import Credit
 from zenray.gateway.edge import EdgeClient, follow_snapshot
+from zenray.gateway.homes import Homes
 from zenray.gateway.http_client import Client
 from zenray.gateway.logs import RequestLog
 from zenray.gateway.metering import LeaseBook, Meter, Shipper
@@ -39,8 +40,12 @@ _METHODS = {
 class Gateway:
     """One process's gateway. `start` and `stop` in the event loop that serves it."""
 
-    def __init__(self, config: GatewayConfig, index: int = 0, clock: Clock | None = None) -> None:
+    def __init__(
+        self, config: GatewayConfig, index: int = 0, clock: Clock | None = None, homes: Homes | None = None
+    ) -> None:
+        """`homes`: shared by the processes of one gateway."""
         self.config = config
+        self._homes = homes or Homes()
         self.gateway_id = config.process_id(index)
         self._clock = clock or SystemClock()
         self._folder = config.process_dir(index)
@@ -89,7 +94,7 @@ class Gateway:
             directory=self.directory,
             credit=credit,
             meter=self.meter,
-            upstream=Upstream(self._replicas, self.directory, self._clock),
+            upstream=Upstream(self._replicas, self.directory, self._clock, self._homes),
             waker=Waker(self._session, self.directory, timeout_s=config.wake_timeout_s),
             metrics=self._metrics,
             request_log=self._request_log,

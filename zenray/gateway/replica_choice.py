@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -24,6 +24,10 @@ MAX_PREFIX_BYTES = 4 * 4096  # about 4,096 tokens (HIP-39)
 MAX_BLOCKS = 1 << 16  # remembered in all, about 10 MB
 _REPLICAS_PER_BLOCK = 4
 _LEAST_SHARE = 0.1  # of the prompt's blocks: less in common does not decide
+_NEAR = 1  # requests: a replica so much busier than the least busy one may become a prompt's home
+_HOME_BLOCKS = 16  # another replica must know so much more of a prompt than its home to be preferred
+_BLOCKS_PER_PATIENCE = 4
+_MOST_PATIENCE = 8  # requests
 _SPREAD_DEPTH = 4  # blocks: what requests that share a system prompt have in common, and most others have not
 
 
@@ -94,6 +98,11 @@ class PrefixMemory:
         return found
 
 
+def home_key(blocks: Sequence[int]) -> int:
+    """What names a prompt's home: its beginning, as far as requests that share a system prompt have it in common."""
+    return blocks[min(len(blocks), _SPREAD_DEPTH) - 1]
+
+
 def choose(
     replicas: Sequence[Replica],
     outstanding: Mapping[str, int],
@@ -104,13 +113,17 @@ def choose(
     *,
     blocks: Sequence[int] = (),
     matched: Mapping[str, int] | None = None,
+    home: str | None = None,
+    held: Callable[[str], int] = lambda _: 0,
 ) -> Replica | None:
     """The replica to ask, of those not tried yet; None when there is none.
 
-    Of the replicas that are little busier than the least busy one, that which knows most of the prompt. If none knows
-    enough: the least busy; among equals the one that every gateway would name for this prompt, or by turns for prompts
-    too short to matter. `outstanding` counts what is asked for and not answered. A replica that could not be reached
-    within the last seconds (`suspect_until`) comes last, but it comes: it may be the only one.
+    Of the replicas that are not much busier than the least busy one, that which knows most of the prompt; the prompt's
+    `home` is preferred to others that know little more, so that a request which was sent elsewhere in a rush does not
+    draw the next ones after it. If none knows enough: of those about as busy as the least busy one that which is home
+    to the fewest prompts (`held`), and among equals the one that every gateway would name for this prompt. Prompts too
+    short to matter take turns. `outstanding` counts what is asked for and not answered. A replica that could not be
+    reached within the last seconds (`suspect_until`) comes last, but it comes: it may be the only one.
     """
     left = [replica for replica in replicas if replica.replica_id not in tried]
     if len(left) < 2:
@@ -118,34 +131,48 @@ def choose(
     sound = [replica for replica in left if suspect_until.get(replica.replica_id, 0.0) <= now] or left
     work = [outstanding.get(replica.replica_id, 0) for replica in sound]
     least = min(work)
-    if matched:
-        best = _most_known(sound, work, least + slack(least), matched, max(1, _LEAST_SHARE * len(blocks)))
+    if blocks:
+        best = _most_known(sound, work, least, blocks, matched or {}, home)
         if best is not None:
             return best
-    idle = [replica for replica, busy in zip(sound, work, strict=True) if busy == least]
-    if blocks and len(idle) > 1:
-        key = blocks[min(len(blocks), _SPREAD_DEPTH) - 1]
-        return max(idle, key=lambda replica: _weight(key, replica.replica_id))
+        near = [replica for replica, busy in zip(sound, work, strict=True) if busy <= least + _NEAR]
+        key = home_key(blocks)
+        return max(near, key=lambda replica: (-held(replica.replica_id), _weight(key, replica.replica_id)))
     # By turns over all, so that one which drops out does not shift the others' turns.
     count = len(replicas)
-    names = {replica.replica_id for replica in idle}
+    names = {replica.replica_id for replica, busy in zip(sound, work, strict=True) if busy == least}
     return next(one for one in (replicas[(turn + step) % count] for step in range(count)) if one.replica_id in names)
 
 
-def slack(least: int) -> int:
-    """How much busier than the least busy replica one may be and still be preferred for what it knows."""
-    return max(2, least // 2)
+def slack(least: int, known: int = 0) -> int:
+    """How much busier than the least busy replica one may be and still be preferred for the `known` blocks it has.
+
+    A request may wait behind one more for each 256 tokens that need not be computed, up to a bound.
+    """
+    return max(2, least // 2) + min(_MOST_PATIENCE, known // _BLOCKS_PER_PATIENCE)
 
 
 def _most_known(
-    replicas: Sequence[Replica], work: Sequence[int], most_work: int, matched: Mapping[str, int], enough: float
+    replicas: Sequence[Replica],
+    work: Sequence[int],
+    least: int,
+    blocks: Sequence[int],
+    matched: Mapping[str, int],
+    home: str | None,
 ) -> Replica | None:
+    enough = max(1, _LEAST_SHARE * len(blocks))
     best: Replica | None = None
     best_rank = (0, 0)
     for replica, busy in zip(replicas, work, strict=True):
         known = matched.get(replica.replica_id, 0)
-        if known >= enough and busy <= most_work and (best is None or (known, -busy) > best_rank):
-            best, best_rank = replica, (known, -busy)
+        at_home = replica.replica_id == home
+        if at_home:  # another process may have sent it there
+            known = max(known, min(_SPREAD_DEPTH, len(blocks)))
+        if known < enough or busy > least + slack(least, known):
+            continue
+        rank = (known + _HOME_BLOCKS if at_home else known, -busy)
+        if best is None or rank > best_rank:
+            best, best_rank = replica, rank
     return best
 
 

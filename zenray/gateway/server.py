@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from zenray.gateway.app import Gateway
 from zenray.gateway.config import GatewayConfig
+from zenray.gateway.homes import Homes
 from zenray.gateway.logs import log_to_stderr
 from zenray.gateway.reply import DISCONNECTS, WRITE
 
@@ -100,10 +101,10 @@ def bind(config: GatewayConfig, port: int) -> socket.socket:
     return listener
 
 
-def serve(config: GatewayConfig, index: int, listener: socket.socket) -> None:
+def serve(config: GatewayConfig, index: int, listener: socket.socket, homes: Homes) -> None:
     """Run one gateway process until SIGTERM, SIGINT, the loss of its parent, or until control replaces it."""
     log_to_stderr(config.process_id(index))
-    gateway = Gateway(config, index)
+    gateway = Gateway(config, index, homes=homes)
 
     def end(number: int, frame: object) -> None:
         sys.exit(REPLACED_STATUS if gateway.replaced else 0)
@@ -144,7 +145,7 @@ def run(config: GatewayConfig) -> int:
     host = f"[{config.host}]" if ":" in config.host else config.host
     log.info("listening", extra={"url": f"http://{host}:{port}", "port": port, "processes": config.processes})
     if config.processes == 1:
-        serve(config, 0, first)
+        serve(config, 0, first, Homes())
         return 0
     return _Family(config, port, first).run()
 
@@ -159,6 +160,7 @@ class _Family:
         self._config = config
         self._port = port
         self._holder = holder
+        self._homes = Homes()
         self._children: dict[int, int] = {}  # process id → index
         self._stopping = False
 
@@ -206,7 +208,7 @@ class _Family:
         threading.Thread(target=_stop_without_parent, args=(self._alive_read,), daemon=True).start()
         listener = bind(self._config, self._port)
         self._holder.close()
-        serve(self._config, index, listener)
+        serve(self._config, index, listener, self._homes)
 
     def _stop(self, number: int, frame: object) -> None:
         self._stopping = True

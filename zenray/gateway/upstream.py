@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 import aiohttp
 
 from zenray.gateway import failures
+from zenray.gateway.homes import Homes
 from zenray.gateway.http_client import Client, Connection, Lost, Unreachable
-from zenray.gateway.replica_choice import PrefixMemory, choose
+from zenray.gateway.replica_choice import PrefixMemory, choose, home_key
 from zenray.gateway.snapshot import Directory, Route
 from zenray.spec.clock import Clock
 from zenray.spec.edge import CanaryRoute, RouteState
@@ -46,15 +47,21 @@ class Upstream:
     """Asks replicas for one gateway process."""
 
     def __init__(
-        self, client: Client, directory: Directory, clock: Clock, draw: Callable[[], float] = random.random
+        self,
+        client: Client,
+        directory: Directory,
+        clock: Clock,
+        homes: Homes | None = None,
+        draw: Callable[[], float] = random.random,
     ) -> None:
-        """`draw`: evenly from [0, 1)."""
+        """`homes`: shared with the gateway's other processes. `draw`: evenly from [0, 1)."""
         self.outstanding: dict[str, int] = {}
         self._client = client
         self._directory = directory
         self._clock = clock
         self._suspect_until: dict[str, float] = {}
         self._prefixes = PrefixMemory()
+        self._homes = homes or Homes()
         self._turn = 0
         self._draw = draw
 
@@ -145,6 +152,7 @@ class Upstream:
             return replicas[0]
         self._turn += 1
         blocks = prefix() if prefix is not None and replicas else []
+        home = self._homes.find(home_key(blocks), replicas) if blocks else None
         chosen = choose(
             replicas,
             self.outstanding,
@@ -154,9 +162,13 @@ class Upstream:
             self._turn,
             blocks=blocks,
             matched=self._prefixes.matched(blocks),
+            home=home,
+            held=self._homes.held,
         )
         if chosen is not None and blocks:
             self._prefixes.note(blocks, chosen.replica_id)
+            if home is None:
+                self._homes.settle(home_key(blocks), chosen.replica_id)
         return chosen
 
     def _suspect(self, replica: Replica, model: str, error: Exception) -> None:
