@@ -166,6 +166,28 @@ class Tracking(Document):
     wandb: WandbTracking | None = None
 
 
+class MlflowTracking(Document):
+    """Needs the optional package `mlflow`. Credentials come from the workers' environment."""
+
+    uri: str = Field(description="A tracking server, or file:/PATH.")
+    experiment: str = Field("zenray", min_length=1)
+
+
+class WandbTracking(Document):
+    """Needs the optional package `wandb`. The key comes from the workers' environment (WANDB_API_KEY)."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class Tracking(Document):
+    """Where metrics go besides zenray's own events. It changes nothing of the result."""
+
+    mlflow: MlflowTracking | None = None
+    wandb: WandbTracking | None = None
+
+
 class _TrainingJob(Document):
     name: str
     base: BaseVersion = Field(description="Gives the network, the tokenizer and, unless they are fresh, the weights.")
@@ -193,6 +215,7 @@ class _TrainingJob(Document):
         "what is cheap, keeping products and attention (selective), or nothing (none; false).",
     )
     faults: Faults = Faults()
+    tracking: Tracking = Tracking()
     tracking: Tracking = Tracking()
     seed: int = 0
     stock_format: Literal["none", "exact", "replicate"] = Field(

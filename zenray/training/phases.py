@@ -21,6 +21,7 @@ from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, list_versions, publish
 from zenray.training.events import EventStream, ProgressEvents
+from zenray.training.tracking import check_trackers
 
 
 def carry_out(job: Document, storage: StorageSettings, work_dir: Path, tell: EventStream) -> list[Manifest]:
@@ -37,6 +38,7 @@ def carry_out(job: Document, storage: StorageSettings, work_dir: Path, tell: Eve
     if isinstance(job, UpcycleJob):
         made = _upcycle(job, store, work_dir, tell)
     elif isinstance(job, PretrainJob | DistillJob):
+        check_trackers(job)
         from zenray.training.runner import run as train  # imports Ray and torch
 
         made = [train(job, storage, work_dir, progress=ProgressEvents(tell), events=tell.place)]

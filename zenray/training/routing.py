@@ -54,6 +54,11 @@ class StepRouting:
         """How evenly each sparse layer's experts were loaded in this step."""
         return [load_report(layer.load_E) for layer in self._totals]
 
+    def dropped_tokens(self) -> int:
+        """Tokens that lost at least one expert for want of room, over all sparse layers."""
+        lost = [layer.fallback_tokens for layer in self._totals if layer.fallback_tokens is not None]
+        return round(sum(float(count) for count in lost))
+
     def _over_workers(self, stats: list[RouterStats]) -> list[RouterStats]:
         """Sums over all workers in value; gradients reach this worker's part only."""
         if self._mesh.world == 1:

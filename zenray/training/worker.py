@@ -22,6 +22,7 @@ from zenray.training.events import EventPlace, EventStream
 from zenray.training.lineage import pinned
 from zenray.training.loop import TrainingSet, train
 from zenray.training.mesh import Mesh
+from zenray.training.metrics import watched
 from zenray.training.networks import Checkpoint
 from zenray.training.notice import Notice, watch_in_actor
 from zenray.training.trainer import Trainer
@@ -43,7 +44,11 @@ def train_worker(about: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     recorder = RayRecorder(work_dir / "scratch" / f"{about['run']}-{rank}", job.checkpoints)
     kept = work_dir / "runs" / about["run"] / "events.jsonl"
-    with EventStream(store, EventPlace(**about["events"]), keep=kept, is_silent=rank != 0) as tell:
+    place = EventPlace(**about["events"])
+    with (
+        EventStream(store, place, keep=kept, is_silent=rank != 0) as stream,
+        watched(trainer, about["run"], stream) as tell,
+    ):
         outcome = train(trainer, data, recorder, tell, Notice())
     # The last report. Nothing is lost between the last checkpoint and the end: Ray waits for what is under way.
     ray.train.report({"step": None, "stopped": outcome.stopped, "was_preempted": outcome.was_preempted})

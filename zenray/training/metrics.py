@@ -1,0 +1,142 @@
+"""What a step costs on this worker: memory, time in communication, and its share of the hardware's arithmetic."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zenray.catalog.accounting import flops_per_token
+from zenray.model.config import MoDEConfig
+from zenray.training.tracking import tracked
+from zenray.training.trainer import Trainer
+
+Event = dict[str, Any]
+Tell = Callable[[Event], None]
+
+# Dense bfloat16, without sparsity, as the makers state them. On other hardware nothing is said of utilisation.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+_BACKWARD = 3  # a step costs three forward passes: one, and two products for each in the backward pass
+_COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+
+
+@contextmanager
+def watched(trainer: Trainer, run: str, stream: Tell) -> Iterator[Tell]:
+    """What the loop tells, with measurements added, for the stream and, from the first worker, the job's trackers."""
+    job, is_first = trainer.job, trainer.mesh.rank == 0
+    with tracked(job, run) if is_first else nullcontext(lambda event: None) as track:
+
+        def tell(event: Event) -> None:
+            stream(event)
+            track(event)
+
+        measures = StepMeasures(
+            tell,
+            trainer.model.config,
+            [teacher.model.config for teacher, _ in trainer.teachers],
+            context_tokens=job.data.sequence_tokens // 2,  # on average, within a sequence
+            world=trainer.mesh.world,
+        )
+        with measures.watching_collectives():
+            yield measures
+
+
+class StepMeasures:
+    """A `tell` that adds what was measured since the last step to each step's event, and passes everything on.
+
+    Only what is told has them, not the history in the checkpoints, which is the same however a run was interrupted.
+    """
+
+    def __init__(
+        self,
+        tell: Tell,
+        config: MoDEConfig,
+        teachers: Sequence[MoDEConfig] = (),
+        *,
+        context_tokens: int,
+        world: int = 1,
+    ) -> None:
+        self._tell = tell
+        peak = peak_flops()
+        self._share_of_token: float | None = None  # of a second of all workers' arithmetic
+        if peak is not None and not any(one.num_blocks for one in (config, *teachers)):  # whose work nobody counts
+            flops = _BACKWARD * flops_per_token(config.dimensions(), context_tokens)
+            flops += sum(flops_per_token(teacher.dimensions(), context_tokens) for teacher in teachers)
+            self._share_of_token = flops / (peak * world)
+        self._waited_s = 0.0
+        self._since_s = time.perf_counter()
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] != "step":
+            self._tell(event)
+            return
+        now_s = time.perf_counter()
+        measured = {
+            "memory_bytes": memory_bytes(),
+            "communication_share": self._share(now_s),
+            "mfu": None if self._share_of_token is None else self._share_of_token * event["tokens_per_s"],
+        }
+        self._waited_s, self._since_s = 0.0, now_s
+        self._tell({**event, **measured})
+
+    def _share(self, now_s: float) -> float | None:
+        """None on a GPU, where the host does not wait for a collective: a profile would have to say it."""
+        if torch.cuda.is_available():
+            return None
+        return self._waited_s / max(now_s - self._since_s, 1e-9) if dist.is_initialized() else 0.0
+
+    @contextmanager
+    def watching_collectives(self) -> Iterator[None]:
+        """Within, the time that this worker's calls of collectives take is added up. They wait for the slowest worker.
+
+        torch tells how long a collective took for NCCL only, so its functions are wrapped for as long as this lasts.
+        """
+        real = {name: getattr(dist, name) for name in _COLLECTIVES}
+        for name, function in real.items():
+            setattr(dist, name, self._timed(function))
+        try:
+            yield
+        finally:
+            for name, function in real.items():
+                setattr(dist, name, function)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            began_s = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self._waited_s += time.perf_counter() - began_s
+
+        return call
+
+
+def memory_bytes() -> int:
+    """The most that this process has held: of its GPU's memory, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops() -> float | None:
+    """Of this worker's device, in bfloat16; None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    # The longest name that fits: an "A100" is no "A10".
+    return next((PEAK_FLOPS[known] for known in sorted(PEAK_FLOPS, key=len, reverse=True) if known in name), None)

@@ -1,0 +1,131 @@
+"""Metrics to MLflow or Weights & Biases, for teams that have one of them. Both are optional packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from zenray.spec.errors import InvalidValue
+from zenray.spec.job_events import Evaluated, Step, parse_event
+from zenray.spec.training import MlflowTracking, TrainingJob, WandbTracking
+
+_log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+Log = Callable[[dict[str, float], int], None]
+"""Metrics of a step."""
+
+
+def check_trackers(job: TrainingJob) -> None:
+    """InvalidValue, with what to install, for a tracker that is asked for and not there. Before anything is trained."""
+    wanted = {"mlflow": job.tracking.mlflow, "wandb": job.tracking.wandb}
+    missing = [name for name, asked in wanted.items() if asked is not None and importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidValue(
+            f"This job asks for tracking by {' and '.join(missing)}, which is not installed.",
+            hint="pip install 'zenray[tracking]', or take `tracking` out of the job.",
+        )
+
+
+@contextmanager
+def tracked(job: TrainingJob, run: str) -> Iterator[Callable[[Event], None]]:
+    """Within: what the yielded function is told also reaches the job's trackers, under the run's name.
+
+    A run that goes on after a failure goes on there too. A tracker that fails is said in the log once and left alone:
+    a run of weeks does not end because a dashboard is away.
+    """
+    with ExitStack() as stack:
+        logs = [_guarded(open_log) for open_log in _opened(job, run, stack)]
+
+        def tell(event: Event) -> None:
+            metrics, step = metrics_of(event)
+            for log in logs if metrics else []:
+                log(metrics, step)
+
+        yield tell
+
+
+def metrics_of(event: Event) -> tuple[dict[str, float], int]:
+    """Names and finite values of an event, and the steps done; no metrics for what is neither step nor evaluation."""
+    read = parse_event({"at": 0.0, **event})
+    if isinstance(read, Evaluated):
+        return _finite({f"validation_loss/{read.domain}": read.loss}), read.step
+    if not isinstance(read, Step):
+        return {}, 0
+    plain = (
+        "loss lm_loss kl balance gradient_norm learning_rate tokens_per_s dropped_tokens mfu memory_bytes "
+        "communication_share"
+    )
+    found: dict[str, float | None] = {name: getattr(read, name) for name in plain.split()}
+    found |= {f"gradient_norm/{kind}": norm for kind, norm in read.gradient_norms.items()}
+    found |= {f"entropy_ratio/layer_{layer}": value for layer, value in enumerate(read.entropy_ratios)}
+    found |= {f"max_violation/layer_{layer}": value for layer, value in enumerate(read.max_violations)}
+    for layer, load in enumerate(read.loads):
+        found |= {f"load/layer_{layer}/expert_{expert}": share for expert, share in enumerate(load)}
+    return _finite(found), read.step + 1
+
+
+def _finite(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _guarded(log: Log) -> Log:
+    failed = False
+
+    def call(metrics: dict[str, float], step: int) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            log(metrics, step)
+        except Exception as error:
+            failed = True
+            _log.error("A tracker failed, and is told nothing more in this run: %s", error)
+
+    return call
+
+
+def _opened(job: TrainingJob, run: str, stack: ExitStack) -> list[Log]:
+    about = job.model_dump(mode="json", exclude={"data", "tracking"})
+    found = []
+    if job.tracking.mlflow is not None:
+        found.append(_mlflow(job.tracking.mlflow, run, about, stack))
+    if job.tracking.wandb is not None:
+        found.append(_wandb(job.tracking.wandb, run, about, stack))
+    return found
+
+
+def _mlflow(wanted: MlflowTracking, run: str, about: Event, stack: ExitStack) -> Log:
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=wanted.uri)
+    known = client.get_experiment_by_name(wanted.experiment)
+    experiment = known.experiment_id if known is not None else client.create_experiment(wanted.experiment)
+    earlier = client.search_runs([experiment], filter_string=f"tags.`zenray.run` = '{run}'", max_results=1)
+    if earlier:
+        id = earlier[0].info.run_id
+    else:
+        id = client.create_run(experiment, tags={"zenray.run": run, "mlflow.runName": run}).info.run_id
+        for name, value in about.items():
+            client.log_param(id, name, str(value)[:500])
+    stack.callback(client.set_terminated, id)
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            client.log_metric(id, name, value, step=step)
+
+    return log
+
+
+def _wandb(wanted: WandbTracking, run: str, about: Event, stack: ExitStack) -> Log:
+    import wandb
+
+    opened = wandb.init(
+        project=wanted.project, entity=wanted.entity, id=run, name=run, resume="allow", config=about, mode=wanted.mode
+    )
+    stack.callback(opened.finish)
+    return lambda metrics, step: opened.log(metrics, step=step)
