@@ -193,35 +193,42 @@ def _what_fits(
     def fits(layout: TrainingLayout, settings: Settings) -> bool:
         return all(stage.fullest.total <= usable_bytes for stage in _stages(dimensions, layout, settings, teachers))
 
-    said: list[str] = []
-    for layout, settings, words in _ways_to_fit(layout, settings):
-        said += words
+    before = layout, settings
+    for layout, settings in _ways_to_fit(*before):
         if fits(layout, settings):
-            return f"It fits with {', '.join(said)}."
-    layout = replace(layout, fully_sharded=True)
-    while layout.workers < _MOST_WORKERS:
-        layout = replace(layout, workers=2 * layout.workers)
-        if fits(layout, settings):
-            return f"It fits with {', '.join([f'workers.count: {layout.workers}', *said])}."
-    return "More workers alone do not help: use shorter sequences, or a larger expert_parallel."
+            break
+    else:
+        while not fits(layout, settings):
+            if layout.workers > _MOST_WORKERS:
+                return "More workers alone do not help: use shorter sequences, or a larger expert_parallel."
+            layout = replace(layout, workers=2 * layout.workers, fully_sharded=True)
+    return f"It fits with {', '.join(_changes(before, (layout, settings)))}."
 
 
-def _ways_to_fit(
-    layout: TrainingLayout, settings: Settings
-) -> Iterator[tuple[TrainingLayout, Settings, tuple[str, ...]]]:
+def _ways_to_fit(layout: TrainingLayout, settings: Settings) -> Iterator[tuple[TrainingLayout, Settings]]:
     """What to change on the same GPUs, one after the other, each on top of those before: the cheapest first."""
-    if not layout.fully_sharded and layout.of_stage > 1:
-        layout = replace(layout, fully_sharded=True)
-        yield layout, settings, ("workers.fully_sharded: true",)
-    if settings.recomputed != "full":
-        settings = replace(settings, recomputed="full")
-        yield layout, settings, ("activation_checkpointing: full",)
-    if settings.accumulates:  # the sums of several passes are whole, also where weights are cut
-        settings = replace(settings, accumulates=False)
-        yield layout, settings, (f"sequences_per_step: {layout.of_stage * settings.sequences} (a single pass)",)
-    if settings.sequences > 1:
-        settings = replace(settings, sequences=1)
-        yield layout, settings, ("sequences_per_pass: 1",)
+    layout = replace(layout, fully_sharded=layout.of_stage > 1)
+    yield layout, settings
+    settings = replace(settings, recomputed="full")
+    yield layout, settings
+    settings = replace(settings, accumulates=False)  # sums of several passes are whole, also where weights are cut
+    yield layout, settings
+    yield layout, replace(settings, sequences=1)
+
+
+def _changes(before: tuple[TrainingLayout, Settings], after: tuple[TrainingLayout, Settings]) -> Iterator[str]:
+    """The fields of a job file in which two of them differ."""
+    (layout, settings), (new_layout, new) = before, after
+    if new_layout.workers != layout.workers:
+        yield f"workers.count: {new_layout.workers}"
+    if new_layout.fully_sharded != layout.fully_sharded:
+        yield "workers.fully_sharded: true"
+    if new.recomputed != settings.recomputed:
+        yield f"activation_checkpointing: {new.recomputed}"
+    if new.sequences != settings.sequences:
+        yield f"sequences_per_pass: {new.sequences}"
+    if new.accumulates != settings.accumulates:
+        yield f"sequences_per_step: {new_layout.of_stage * new.sequences}"
 
 
 def _speed(
