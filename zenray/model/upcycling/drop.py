@@ -67,7 +67,8 @@ def _redraw(matrix: Tensor, index: Tensor, axis: int, generator: torch.Generator
     old = matrix.index_select(axis, index).to(torch.float32)
     if not old.numel():
         return matrix.clone()
-    new = torch.randn(old.shape, generator=generator) * old.std(correction=0) + old.mean()
+    # In place: fresh memory for each step costs more here than the arithmetic.
+    new = torch.randn(old.shape, generator=generator).mul_(old.std(correction=0)).add_(old.mean())
     return matrix.clone().index_copy_(axis, index, new.to(matrix.dtype))
 
 
