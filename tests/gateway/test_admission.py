@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.gateway.fake_control import PRICE, route
+from zenray.catalog.catalog import Catalog
 from zenray.gateway import admission
 from zenray.gateway.admission import Bounds, Endpoint
 from zenray.gateway.snapshot import Directory, Key, Route
@@ -28,6 +29,7 @@ from zenray.spec.errors import (
     ScopeDenied,
 )
 from zenray.spec.money import Price
+from zenray.spec.openai import PART_MODALITIES
 
 
 def directory(tmp_path: Path, *models: str, **keys: KeyEntry) -> Directory:
@@ -227,10 +229,39 @@ def test_what_the_engine_is_sent() -> None:
 
 
 def test_parts_that_a_model_does_not_take() -> None:
-    part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
-    question = asked(messages=[{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}])
-    seeing = Route(route("eye", modalities=("text", "image")))
+    question = with_image("data:image/png;base64,AAAA")
+    seeing = Route(route("eye", modalities=("text", "vision")))
     admission.check_modalities(question, seeing, {})
     with pytest.raises(InvalidValue, match="Models that do: eye") as refused:
-        admission.check_modalities(question, Route(route("m")), {"m": ("text",), "eye": ("text", "image")})
+        admission.check_modalities(question, Route(route("m")), {"m": ("text",), "eye": ("text", "vision")})
     assert refused.value.param == "messages[0].content[1]"
+    with pytest.raises(InvalidValue, match="No model here does"):
+        admission.check_modalities(question, Route(route("m")), {"m": ("text",)})
+
+
+def with_image(url: str, **changes: object) -> admission.Asked:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return asked(messages=[{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}], **changes)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://example.org/a.png", "http://10.0.0.3/", "file:///etc/passwd", "data:text/html,"]
+)
+def test_no_engine_is_made_to_fetch_anything(url: str) -> None:
+    with pytest.raises(InvalidValue, match="data URL") as refused:
+        admission.check_modalities(with_image(url), Route(route("eye", modalities=("vision",))), {})
+    assert refused.value.param == "messages[0].content[1].image_url.url"
+
+
+def test_what_an_image_costs_is_bound_by_the_context() -> None:
+    seeing = Route(route("eye", modalities=("text", "vision")))
+    context, default = seeing.entry.context_tokens, seeing.entry.default_max_tokens
+    for changes, max_tokens in (({}, default), ({"max_tokens": 10}, 10)):
+        question = with_image("data:image/png;base64,AAAA", **{"max_tokens": None} | changes)
+        admission.check_modalities(question, seeing, {})
+        assert admission.bound(question, seeing) == admission.Bounds(context, max_tokens, False)
+
+
+def test_the_catalog_and_the_parts_speak_of_the_same_modalities() -> None:
+    known = {modality for entry in Catalog.load() for modality in entry.modalities}
+    assert set(PART_MODALITIES.values()) <= known

@@ -11,6 +11,8 @@ What happens where the byte bound is too coarse:
 - A client that did not ask gets the model's default; where the bound says that this may not fit, the prompt is
   tokenised, since an engine would refuse a `max_tokens` that the client never sent.
 - A balance that does not cover the bound is asked again with the true length.
+- What an image or a recording costs is known to the engine alone, after it has encoded them: a request with any is
+  bound by the whole context, and the engine's count is billed.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class Asked:
     prompts: int
     choices_per_prompt: int
     max_tokens: int | None  # None: the client left it to us
+    media: bool = False  # has image or audio parts
 
     @property
     def choices(self) -> int:
@@ -214,7 +217,7 @@ def _completion_prompts(body: Mapping[str, Any]) -> int:
 
 
 def check_modalities(asked: Asked, route: Route, others: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises InvalidValue (400) for an image or audio part that the model does not take.
+    """Notes whether there are image or audio parts. Raises InvalidValue (400) for one that the model does not take.
 
     `others`: the modalities of the models that the key may see, to name those that would.
     """
@@ -225,19 +228,32 @@ def check_modalities(asked: Asked, route: Route, others: Mapping[str, tuple[str,
         if type(content) is not list:
             continue
         for place, part in enumerate(content):
-            needed = PART_MODALITIES.get(part["type"])
-            if needed is None or needed in route.entry.modalities:
+            kind = part["type"]
+            needed = PART_MODALITIES.get(kind)
+            if needed is None:
                 continue
-            able = [name for name, modalities in others.items() if needed in modalities]
-            raise InvalidValue(
-                f"The model '{asked.model}' does not take {needed} parts.",
-                hint=f"Models that do: {', '.join(able)}." if able else "No model here does.",
-                param=f"messages[{index}].content[{place}]",
-            )
+            where = f"messages[{index}].content[{place}]"
+            if needed not in route.entry.modalities:
+                able = [name for name, modalities in others.items() if needed in modalities]
+                raise InvalidValue(
+                    f"The model '{asked.model}' does not take '{kind}' parts.",
+                    hint=f"Models that do: {', '.join(able)}." if able else "No model here does.",
+                    param=where,
+                )
+            if kind == "image_url" and not part["image_url"]["url"].startswith("data:image/"):
+                # The engine would fetch it, from inside of the network that it stands in.
+                raise InvalidValue(
+                    "An image must come with the request.",
+                    hint="Send it as a data URL: 'data:image/png;base64,…'.",
+                    param=f"{where}.image_url.url",
+                )
+            asked.media = True
 
 
 def input_bound_tokens(asked: Asked, route: Route) -> int:
     """At least the tokens of one prompt, from bytes; never more than the context, which an engine enforces."""
+    if asked.media:
+        return route.entry.context_tokens
     extra_bytes = 0
     if asked.endpoint is Endpoint.CHAT:
         tools = asked.body.get("tools")
@@ -276,6 +292,8 @@ def bound(asked: Asked, route: Route, *, exact_input_tokens: int | None = None) 
         )
     if asked.max_tokens is not None:
         return Bounds(input_tokens, asked.max_tokens, exact)
+    if asked.media:
+        return Bounds(input_tokens, entry.default_max_tokens, exact)
     left = context - input_tokens
     if left < entry.default_max_tokens and not exact:
         return None

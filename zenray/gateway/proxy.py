@@ -143,7 +143,8 @@ class Proxy:
             if self._credit.book.available(org) <= 0:
                 raise admission.no_credit(org, needed, 0)
         route = await self._awake(asked, route, reply)
-        bounds = admission.bound(asked, route, exact_input_tokens=await self._tokenize(asked, route, reply))
+        if not asked.media:  # of those the tokenizer sees only the places
+            bounds = admission.bound(asked, route, exact_input_tokens=await self._tokenize(asked, route, reply))
         assert bounds is not None
         needed = admission.reserve_nano_usd(asked, route, bounds)
         if await self._credit.reserve_or_ask(org, needed):

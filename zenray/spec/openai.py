@@ -273,7 +273,7 @@ _USER_PARTS = {
     "image_url": Shape({"type": one_of("image_url"), "image_url": _IMAGE_URL.as_field()}, ("type", "image_url")),
     "input_audio": Shape({"type": one_of("input_audio"), "input_audio": _AUDIO.as_field()}, ("type", "input_audio")),
 }
-PART_MODALITIES = {"image_url": "image", "input_audio": "audio"}
+PART_MODALITIES = {"image_url": "vision", "input_audio": "audio"}  # as the catalog names what a model takes
 
 _CALLED = Shape({"name": text(256), "arguments": text()}, ("name", "arguments"))
 _TOOL_CALL = Shape(
