@@ -141,7 +141,7 @@ def litellm_up(folder: Path, upstream_url: str) -> Iterator[str]:
     environment |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
     url = f"http://127.0.0.1:{port}"
     log = folder / "litellm.log"
-    with running(command, url + "/health/liveliness", log=log, env=environment, cwd=folder):
+    with running(command, url + "/health/liveliness", ready_s=300, log=log, env=environment, cwd=folder):
         yield url
 
 

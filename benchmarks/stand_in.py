@@ -134,7 +134,7 @@ class Control:
         self._snapshot = snapshot(standing).model_dump_json().encode()
         self._free_nano_usd: dict[str, int] = {}
         self._leased: dict[tuple[str, str, str], tuple[int | None, Lease]] = {}
-        self._billed: dict[str, int] = {}
+        self._billed: dict[str, tuple[int, int, int, int]] = {}
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=64 << 20, middlewares=[_with_token])
@@ -165,12 +165,17 @@ class Control:
     async def _usage(self, request: web.Request) -> web.Response:
         batch = UsageBatch.model_validate_json(await request.read())
         before = len(self._billed)
-        self._billed.update({event.billing_key: event.usage.output_tokens for event in batch.events})
+        for event in batch.events:
+            used = event.usage
+            counts = (used.output_tokens, used.input_tokens, used.cached_input_tokens, event.cost_nano_usd())
+            self._billed[event.billing_key] = counts
         ack = UsageAck(received=len(batch.events), new=len(self._billed) - before)
         return web.Response(body=ack.model_dump_json().encode(), content_type="application/json")
 
     async def _report(self, request: web.Request) -> web.Response:
-        return web.json_response({"events": len(self._billed), "output_tokens": sum(self._billed.values())})
+        names = ("output_tokens", "input_tokens", "cached_input_tokens", "cost_nano_usd")
+        sums = [sum(counts) for counts in zip(*self._billed.values(), strict=True)] or [0] * len(names)
+        return web.json_response({"events": len(self._billed)} | dict(zip(names, sums, strict=True)))
 
 
 @web.middleware
@@ -210,13 +215,15 @@ async def passthrough(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def running(command: list[str], ready_url: str | None = None, *, log: Path, **options: Any) -> Iterator[Any]:
+def running(
+    command: list[str], ready_url: str | None = None, *, ready_s: float = 120, log: Path, **options: Any
+) -> Iterator[Any]:
     """A process until the end of the block; `ready_url` must answer 200 before. Its output is in `log`."""
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=options.pop("stdout", file), stderr=file, **options)
     try:
         if ready_url is not None:
-            wait_for(ready_url, process, log)
+            wait_for(ready_url, process, log, timeout_s=ready_s)
         yield process
     finally:
         process.terminate()
