@@ -94,7 +94,7 @@ async def test_whole_answers_and_streams_are_read_and_billed(gateway: RunningGat
     for answer in (whole, stream):
         event = await billed(control, answer["id"])
         assert event.outcome is Outcome.COMPLETED
-        assert (event.input_tokens, event.output_tokens) == (
+        assert (event.usage.input_tokens, event.usage.output_tokens) == (
             answer["usage"]["prompt_tokens"],
             answer["usage"]["completion_tokens"],
         )
@@ -105,7 +105,7 @@ async def test_an_abort_stops_the_engine_and_bills_what_was_read(gateway: Runnin
     assert aborted["seen"] == 5
     event = await billed(control, aborted["id"])
     assert event.outcome is Outcome.CLIENT_GONE
-    assert 5 <= event.output_tokens < 1000
+    assert 5 <= event.usage.output_tokens < 1000
 
 
 async def test_errors_have_the_clients_own_classes(gateway: RunningGateway) -> None:
