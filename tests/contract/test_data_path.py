@@ -108,6 +108,33 @@ class TestOneReplica:
         beyond = [found for found in listening if found[1].ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
         assert beyond == []
 
+    def test_prometheus_and_the_dashboard_name_the_model(
+        self, ray_session: RaySession, harness: Harness, app: ServeApplication, replica: httpx.Client
+    ) -> None:
+        """Ray's own port for metrics has the engine's load and the start's figures; the dashboard the application."""
+        replica.post("/v1/chat/completions", json=chat("tokens=2"))
+        targets = Path(ray_session.record().temp_dir) / "prom_metrics_service_discovery.json"
+        addresses = [target for entry in orjson.loads(targets.read_bytes()) for target in entry["targets"]]
+        wanted = ("zenray_engine_first_tokens", "zenray_replica_fetched_bytes", "serve_autoscaling_desired_replicas")
+
+        def shown() -> list[str]:
+            lines = [
+                line
+                for address in addresses
+                for line in httpx.get(f"http://{address}/metrics", timeout=10).text.splitlines()
+            ]
+            return [line for line in lines if line.startswith(tuple(f"ray_{name}{{" for name in wanted))]
+
+        deadline = time.monotonic() + 60  # Ray's agent collects every few seconds
+        while {line.split("{")[0].removeprefix("ray_") for line in shown()} != set(wanted):
+            assert time.monotonic() < deadline, shown()
+            time.sleep(0.5)
+        assert any('model_name="path"' in line and "engine" in line for line in shown())
+        token = {"authorization": f"Bearer {ray_session.addresses.token}"}
+        page = httpx.get(f"{ray_session.addresses.dashboard_url}/api/serve/applications/", headers=token).json()
+        assert list(page["applications"][app.name]["deployments"]) == ["path"]
+        assert app.name.startswith("path--v1--")
+
     def test_rays_dashboard_asks_for_its_token(self, ray_session: RaySession) -> None:
         url = f"{ray_session.addresses.dashboard_url}/api/serve/applications/"
         assert httpx.get(url).status_code == 401

@@ -12,12 +12,16 @@ import os
 import time
 from pathlib import Path
 
+import ray.util.metrics
+from ray import serve
+
 from zenray.serving.engine.base import Engine, EngineLaunch, open_engine
 from zenray.serving.guard import AsgiApp, Guard
 from zenray.serving.loopback import keep_on_loopback
+from zenray.serving.replica_metrics import ReplicaMetrics
 from zenray.spec.errors import InvalidValue
 from zenray.spec.serving import ReplicaLaunch
-from zenray.storage.cache import fetch
+from zenray.storage.cache import FetchReport, fetch
 from zenray.storage.opening import open_store
 
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -36,12 +40,14 @@ class Replica:
                 hint="Set it in `runtime_env.env_vars` of the Serve application: a replica's port needs a key.",
             )
         self._engine: Engine | None = None
+        self._metrics: ReplicaMetrics | None = None
         keep_on_loopback()
         begun_at = time.monotonic()
         self._engine = open_engine(_engine_launch(launch))
         # The weights are on their way while the engine's code is loaded: two cores, two things to wait for.
+        fetched: list[FetchReport] = []
         (folder, draft), _ = await asyncio.gather(
-            asyncio.to_thread(_fetch_weights, launch), asyncio.to_thread(self._engine.prepare)
+            asyncio.to_thread(_fetch_weights, launch, fetched), asyncio.to_thread(self._engine.prepare)
         )
         prepared_at = time.monotonic()
         self._app = await self._engine.start(folder, draft)
@@ -52,6 +58,11 @@ class Replica:
             prepared_at - begun_at,
             ready_at - prepared_at,
         )
+        for report in fetched:
+            _log.info("%s", report)
+        ref, replica = launch.deployment.ref(), serve.get_replica_context().replica_id.unique_id
+        self._metrics = ReplicaMetrics(ref.model, ref.version, replica, ray.util.metrics.Gauge)
+        self._metrics.started(prepared_at - begun_at, ready_at - prepared_at, fetched)
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         assert self._engine is not None
@@ -64,7 +75,11 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve about once a second; `zenray.serving.autoscaling` reads it under the same names."""
-        return self._engine.load().as_metrics() if self._engine is not None else {}
+        if self._engine is None or self._metrics is None:
+            return {}
+        load = self._engine.load()
+        self._metrics.load(load)
+        return load.as_metrics()
 
     async def __del__(self) -> None:
         engine, self._engine = getattr(self, "_engine", None), None
@@ -72,12 +87,14 @@ class Replica:
             await engine.stop()
 
 
-def _fetch_weights(launch: ReplicaLaunch) -> tuple[Path, Path | None]:
+def _fetch_weights(launch: ReplicaLaunch, fetched: list[FetchReport]) -> tuple[Path, Path | None]:
     """The folders of the model and of the one that drafts for it."""
     store, cache_dir, draft = open_store(launch.storage), Path(launch.cache_dir), launch.deployment.engine.draft
     draft_ref = draft.ref() if draft is not None else None
-    folder = fetch(store, launch.deployment.ref(), cache_dir)
-    return folder, fetch(store, draft_ref, cache_dir) if draft_ref is not None else None
+    folder = fetch(store, launch.deployment.ref(), cache_dir, on_done=fetched.append)
+    if draft_ref is None:
+        return folder, None
+    return folder, fetch(store, draft_ref, cache_dir, on_done=fetched.append)
 
 
 def _engine_launch(launch: ReplicaLaunch) -> EngineLaunch:
