@@ -94,6 +94,7 @@ class Published(_Event):
     event: Literal["published"] = "published"
     ref: str
     size_bytes: int = 0
+    report: str | None = Field(None, description="Where the page with the plots lies.")
 
 
 class Result(_Event):
@@ -184,7 +185,8 @@ def _said(event: JobEvent) -> str:
     if isinstance(event, Phase):
         return f"phase {event.number} of {event.of}, {event.name}: {event.state}"
     if isinstance(event, Published):
-        return f"published {event.ref} ({event.size_bytes / 1e6:,.0f} MB)"
+        report = f"; its report: {event.report}" if event.report else ""
+        return f"published {event.ref} ({event.size_bytes / 1e6:,.0f} MB){report}"
     if isinstance(event, StateChanged):
         return event.to_state + (f": {event.message}" if event.message else "")
     if isinstance(event, Ended):

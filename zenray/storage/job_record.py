@@ -1,4 +1,4 @@
-"""Where a job lies in the object store: its document, its journal, and its result, below `jobs/{id}/`."""
+"""Where a job lies in the object store: its document, journal, result and report, below `jobs/{id}/`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def read_result(store: ObjectStore, id: str) -> EvaluationResult | None:
     """What an evaluation found; None before it is done."""
     key = f"jobs/{id}/result.json"
     return None if store.head(key) is None else EvaluationResult.model_validate_json(store.get_bytes(key))
+
+
+def report_key(id: str) -> str:
+    """The page with the plots of a training job; it is also a file of the version that the job publishes."""
+    return f"jobs/{id}/report.html"
 
 
 def launch_arguments(id: str, storage: StorageSettings, work_dir: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from zenray.spec.training import DistillJob, PretrainJob
 from zenray.spec.versions import Manifest, Parents, VersionRef
 from zenray.storage.base import ObjectStore
 from zenray.storage.cache import fetch
-from zenray.storage.job_record import read_result, write_result
+from zenray.storage.job_record import read_result, report_key, write_result
 from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, list_versions, publish
@@ -49,7 +49,9 @@ def carry_out(job: Document, storage: StorageSettings, work_dir: Path, tell: Eve
     else:
         raise InvalidValue(f"Jobs of type {type(job).__name__} cannot be carried out.")
     for manifest in made:
-        tell(Published(ref=str(manifest.ref), size_bytes=manifest.size_bytes))
+        run = manifest.metadata.get("run") if isinstance(job, PretrainJob | DistillJob) else None
+        report = None if run is None else f"{store.uri}/{report_key(run)}"
+        tell(Published(ref=str(manifest.ref), size_bytes=manifest.size_bytes, report=report))
     return made
 
 

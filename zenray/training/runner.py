@@ -28,6 +28,7 @@ from zenray.spec.versions import Manifest, Parents, VersionRef
 from zenray.storage.arrow import arrow_filesystem
 from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.cache import fetch
+from zenray.storage.job_record import report_key
 from zenray.storage.opening import open_store
 from zenray.storage.versions import find_manifest, publish
 from zenray.training.checkpointing import read_weight
@@ -36,6 +37,7 @@ from zenray.training.events import EventPlace
 from zenray.training.lineage import pin, pinned, run_name
 from zenray.training.loop import HISTORY_NAME, Event, identities_in, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
+from zenray.training.report import REPORT_NAME, write_report
 from zenray.training.worker import train_worker
 
 
@@ -181,6 +183,9 @@ def publish_result(
         made = Path(scratch, "safetensors")
         write_checkpoint(base, _plans(base, folder), lambda plan: _read(base, folder, plan), made)
         (made / HISTORY_NAME).write_bytes((folder / HISTORY_NAME).read_bytes())
+        page = write_report(f"{job.into.model}@{job.into.version}", history, job.model_dump(mode="json"))
+        (made / REPORT_NAME).write_text(page, encoding="utf-8")
+        store.put_bytes(report_key(name), page.encode())
         parents = Parents(base_version=str(pinned(job.base, store)), training_job=job.name)
         metadata = {"kind": job.kind, "run": name, "job": job.model_dump_json(), **_metrics(job, history)}
         ref = VersionRef(model=job.into.model, version=job.into.version)
