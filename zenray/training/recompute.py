@@ -8,7 +8,7 @@ selective   what is cheap: norms, activations, rows put in order; results of mat
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -41,10 +41,14 @@ def _recomputed(layer: nn.Module, forward: Callable[..., Any], what: Recompute) 
     return run
 
 
-def _policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _kept() else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(context: Any, operation: Any, *inputs: Any, **_: Any) -> CheckpointPolicy:
+    is_cheap = operation not in _kept()
+    if operation is torch.ops.aten.mm.default and inputs[0].shape[0] == 1:
+        is_cheap = True  # a vector, and torch.matmul changes the result's shape in place, which may not be kept
+    return CheckpointPolicy.PREFER_RECOMPUTE if is_cheap else CheckpointPolicy.MUST_SAVE
 
 
+@cache
 def _kept() -> set[Any]:
     """Operations that cost more than the memory of their result."""
     aten, collectives = torch.ops.aten, torch.ops._c10d_functional
