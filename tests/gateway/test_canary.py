@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.gateway.fake_control import route
 from zenray.gateway.http_client import Unreachable
+from zenray.gateway.metrics import Metrics
 from zenray.gateway.snapshot import Directory
 from zenray.gateway.upstream import Upstream
 from zenray.spec.clock import FakeClock
@@ -56,7 +57,7 @@ def upstream(folder: Path, replicas: Replicas, draws: list[float], canary: Canar
     snapshot = Snapshot(version=directory.version + 1, full=True, issued_at=0, routes={"tiny": entry})
     directory.apply(snapshot.model_dump_json().encode())
     left = iter(draws)
-    return Upstream(cast(Any, replicas), directory, clock, draw=lambda: next(left))
+    return Upstream(cast(Any, replicas), directory, clock, Metrics(), draw=lambda: next(left))
 
 
 async def ask(asking: Upstream) -> str:

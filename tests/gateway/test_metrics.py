@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zenray.gateway.metrics import Metrics
+from zenray.spec.usage import Usage
 
 REQUESTS = st.lists(
     st.tuples(st.sampled_from(["a", "b", ""]), st.sampled_from([200, 400, 499]), st.floats(0, 400), st.booleans()),
@@ -26,7 +27,9 @@ def test_what_is_shown_is_the_sum_of_what_was_told(requests: list[tuple[str, int
             metrics.fold()
         metrics.request(model, status, latency_s)
         if model:
-            metrics.usage(model, 3, 2, latency_s if streamed else None)
+            usage = Usage(input_tokens=3, cached_input_tokens=1, output_tokens=2)
+            metrics.usage(model, usage, latency_s if streamed else None)
+            metrics.choice(model, "known")
     shown = numbers(metrics)
     for model in ("a", "b", ""):
         of_model = [request for request in requests if request[0] == model]
@@ -37,6 +40,9 @@ def test_what_is_shown_is_the_sum_of_what_was_told(requests: list[tuple[str, int
             continue
         assert shown.get(f'zenray_gateway_input_tokens_total{{model="{model}"}}', 0) == 3 * len(of_model)
         assert shown.get(f'zenray_gateway_output_tokens_total{{model="{model}"}}', 0) == 2 * len(of_model)
+        assert shown.get(f'zenray_gateway_cached_input_tokens_total{{model="{model}"}}', 0) == len(of_model)
+        chosen = f'zenray_gateway_replica_choices_total{{model="{model}",why="known"}}'
+        assert shown.get(chosen, 0) == len(of_model)
         bucket = f'zenray_gateway_latency_seconds_bucket{{le="0.1",model="{model}"}}'
         assert shown.get(bucket, 0) == sum(request[2] <= 0.1 for request in of_model)
         ttft = f'zenray_gateway_ttft_seconds_count{{model="{model}"}}'

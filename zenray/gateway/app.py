@@ -90,11 +90,12 @@ class Gateway:
             ship_first=self._shipper.drain,
             on_replaced=self._restart,
         )
+        self._upstream = Upstream(self._replicas, self.directory, self._clock, self._metrics, self._homes)
         self._proxy = Proxy(
             directory=self.directory,
             credit=credit,
             meter=self.meter,
-            upstream=Upstream(self._replicas, self.directory, self._clock, self._homes),
+            upstream=self._upstream,
             waker=Waker(self._session, self.directory, timeout_s=config.wake_timeout_s),
             metrics=self._metrics,
             request_log=self._request_log,
@@ -132,6 +133,16 @@ class Gateway:
         while True:
             await asyncio.sleep(FOLD_INTERVAL_S)
             self._metrics.fold()
+            self._tell_state()
+
+    def _tell_state(self) -> None:
+        self._metrics.state(
+            open_streams=self.meter.open_streams,
+            wal_bytes=self.meter.wal_bytes,
+            unshipped_events=self.meter.unshipped_events,
+            suspects=self._upstream.suspects(),
+            outstanding=self._upstream.outstanding_by_model(),
+        )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A part that must not end has ended: without it keys or money go wrong, so the process ends too."""
@@ -257,11 +268,7 @@ class Gateway:
         await reply.json(status, 503 if reasons else 200)
 
     async def _metrics_page(self, scope: Scope, reply: Reply) -> None:
-        self._metrics.state(
-            open_streams=self.meter.open_streams,
-            wal_bytes=self.meter.wal_bytes,
-            unshipped_events=self.meter.unshipped_events,
-        )
+        self._tell_state()
         await reply.whole(200, self._metrics.render(), [(b"content-type", CONTENT_TYPE)])
 
     async def _openapi(self, scope: Scope, reply: Reply) -> None:

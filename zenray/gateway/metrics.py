@@ -8,11 +8,13 @@ request took twice as long with a hundred models as with one.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from zenray.gateway.shared_metrics import FOLDER_VARIABLE
+from zenray.spec.usage import Usage
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _MODEL = ("model",)
@@ -24,14 +26,18 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class _Tally:
     """One model's numbers since the last fold."""
 
-    __slots__ = ("input_tokens", "latencies_s", "output_tokens", "statuses", "ttfts_s")
+    __slots__ = ("cached", "canary", "choices", "failures", "input", "latencies_s", "output", "statuses", "ttfts_s")
 
     def __init__(self) -> None:
         self.statuses: dict[int, int] = {}
+        self.choices: dict[str, int] = {}
+        self.failures: dict[str, int] = {}
+        self.canary: dict[tuple[str, str], int] = {}
         self.latencies_s: list[float] = []
         self.ttfts_s: list[float] = []
-        self.input_tokens = 0
-        self.output_tokens = 0
+        self.input = 0  # tokens
+        self.cached = 0
+        self.output = 0
 
 
 class Metrics:
@@ -61,12 +67,46 @@ class Metrics:
             buckets=_SECONDS,
         )
         self._input = Counter("zenray_gateway_input_tokens_total", "Input tokens billed.", _MODEL, registry=registry)
+        self._cached = Counter(
+            "zenray_gateway_cached_input_tokens_total",
+            "Those of the input tokens that an engine found in its cache.",
+            _MODEL,
+            registry=registry,
+        )
         self._output = Counter("zenray_gateway_output_tokens_total", "Output tokens billed.", _MODEL, registry=registry)
+        self._choices = Counter(
+            "zenray_gateway_replica_choices_total",
+            "Replicas chosen: known (has the prompt's beginning), moved (another has it, and is too busy), new "
+            "(none has it), short (too short a prompt to matter), only (there was no choice).",
+            ("model", "why"),
+            registry=registry,
+        )
+        self._failures = Counter(
+            "zenray_gateway_replica_failures_total",
+            "Replicas that did not answer: unreachable, lost, silent, busy.",
+            ("model", "how"),
+            registry=registry,
+        )
+        self._canary = Counter(
+            "zenray_gateway_canary_requests_total",
+            "Requests that were drawn for a canary, by how they ended.",
+            ("model", "revision", "outcome"),
+            registry=registry,
+        )
+        self._outstanding = Gauge(
+            "zenray_gateway_outstanding",
+            "Choices asked of a model's replicas and not answered yet.",
+            _MODEL,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._suspects = self._gauge("zenray_gateway_suspects", "Replicas that failed within the last seconds.")
         self._open = self._gauge("zenray_gateway_open_streams", "Choices being answered now.")
         self._wal = self._gauge("zenray_gateway_wal_bytes", "Usage log on disk.")
         self._unshipped = self._gauge("zenray_gateway_unshipped_events", "Usage events that control has not taken.")
         self._tallies: dict[str, _Tally] = {}
         self._unfolded = 0
+        self._shown: set[str] = set()  # models whose outstanding requests were once told
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, registry=self._registry, multiprocess_mode="livesum")
@@ -81,12 +121,28 @@ class Metrics:
         if self._unfolded >= _FOLD_AFTER:
             self.fold()
 
-    def usage(self, model: str, input_tokens: int, output_tokens: int, ttft_s: float | None) -> None:
+    def usage(self, model: str, usage: Usage, ttft_s: float | None) -> None:
         tally = self._of(model)
-        tally.input_tokens += input_tokens
-        tally.output_tokens += output_tokens
+        tally.input += usage.input_tokens
+        tally.cached += usage.cached_input_tokens
+        tally.output += usage.output_tokens
         if ttft_s is not None:
             tally.ttfts_s.append(ttft_s)
+
+    def choice(self, model: str, why: str) -> None:
+        """A replica was chosen. `why`: see the counter."""
+        choices = self._of(model).choices
+        choices[why] = choices.get(why, 0) + 1
+
+    def failure(self, model: str, how: str) -> None:
+        """A replica did not answer. `how`: see the counter."""
+        failures = self._of(model).failures
+        failures[how] = failures.get(how, 0) + 1
+
+    def canary(self, model: str, revision: str, outcome: str) -> None:
+        """A request that was drawn for a canary has ended."""
+        drawn = self._of(model).canary
+        drawn[revision, outcome] = drawn.get((revision, outcome), 0) + 1
 
     def fold(self) -> None:
         """Add what was left in the tallies to what is shown. Call it every FOLD_INTERVAL_S, and at the end."""
@@ -100,10 +156,24 @@ class Metrics:
                 child = histogram.labels(model)
                 for value_s in values_s:
                     child.observe(value_s)
-            self._input.labels(model).inc(tally.input_tokens)
-            self._output.labels(model).inc(tally.output_tokens)
+            self._input.labels(model).inc(tally.input)
+            self._cached.labels(model).inc(tally.cached)
+            self._output.labels(model).inc(tally.output)
+            for why, count in tally.choices.items():
+                self._choices.labels(model, why).inc(count)
+            for how, count in tally.failures.items():
+                self._failures.labels(model, how).inc(count)
+            for (revision, outcome), count in tally.canary.items():
+                self._canary.labels(model, revision, outcome).inc(count)
 
-    def state(self, *, open_streams: int, wal_bytes: int, unshipped_events: int) -> None:
+    def state(
+        self, *, open_streams: int, wal_bytes: int, unshipped_events: int, suspects: int, outstanding: Mapping[str, int]
+    ) -> None:
+        """What is so at this moment. `outstanding`: by model."""
+        self._suspects.set(suspects)
+        for model in self._shown | outstanding.keys():
+            self._outstanding.labels(model).set(outstanding.get(model, 0))
+        self._shown |= outstanding.keys()
         self._open.set(open_streams)
         self._wal.set(wal_bytes)
         self._unshipped.set(unshipped_events)

@@ -37,6 +37,7 @@ class _Bill:
 
     charge: Charge
     reserved_nano_usd: int
+    canary: str | None  # the revision, if one was drawn
     usage: Usage | None = None  # the engine's final one; None: what the slots hold
     finish_reason: str | None = None
     outcome: Outcome = Outcome.UPSTREAM_FAILED
@@ -103,7 +104,7 @@ class Proxy:
         except BaseException:
             self._credit.settle(org, reserved_nano_usd, 0)
             raise
-        bill = _Bill(charge, reserved_nano_usd)
+        bill = _Bill(charge, reserved_nano_usd, canary.revision if canary else None)
         try:
             route = await self._awake(asked, route, reply)
             body = admission.engine_body(asked, route, bounds, salt.cache_salt)
@@ -115,7 +116,7 @@ class Proxy:
                 work=asked.choices,
                 # Organisations share no cache, by their salts.
                 prefix=lambda: name_blocks(f"{asked.model}:{org}", prompt_prefix(asked.body)),
-                canary=canary.revision if canary else None,
+                canary=bill.canary,
             )
             await self._pass_on(asked, route, answer, bill, reply)
         except asyncio.CancelledError:
@@ -289,7 +290,9 @@ class Proxy:
         cost_nano_usd = bill.charge.cost_nano_usd
         self._credit.settle(org, bill.reserved_nano_usd, cost_nano_usd)
         ttft_s = None if event.ttft_ms is None else event.ttft_ms / 1e3
-        self._metrics.usage(asked.model, event.usage.input_tokens, event.usage.output_tokens, ttft_s)
+        self._metrics.usage(asked.model, event.usage, ttft_s)
+        if bill.canary is not None:
+            self._metrics.canary(asked.model, bill.canary, event.outcome.value)
         self._request_log.write(
             {
                 "request_id": reply.request_id,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import aiohttp
 
 from zenray.gateway import failures
 from zenray.gateway.homes import Homes
 from zenray.gateway.http_client import Client, Connection, Lost, Unreachable
+from zenray.gateway.metrics import Metrics
 from zenray.gateway.replica_choice import PrefixMemory, choose, home_key
 from zenray.gateway.snapshot import Directory, Route
 from zenray.spec.clock import Clock
@@ -51,6 +52,7 @@ class Upstream:
         client: Client,
         directory: Directory,
         clock: Clock,
+        metrics: Metrics,
         homes: Homes | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
@@ -59,11 +61,29 @@ class Upstream:
         self._client = client
         self._directory = directory
         self._clock = clock
+        self._metrics = metrics
         self._suspect_until: dict[str, float] = {}
         self._prefixes = PrefixMemory()
         self._homes = homes or Homes()
         self._turn = 0
         self._draw = draw
+
+    def suspects(self) -> int:
+        """Replicas that failed within the last seconds."""
+        now = self._clock.monotonic()
+        return sum(until > now for until in self._suspect_until.values())
+
+    def outstanding_by_model(self) -> dict[str, int]:
+        """Choices that are asked for and not answered, of models that have any."""
+        found: dict[str, int] = {}
+        if self.outstanding:
+            for model, route in self._directory.routes.items():
+                trial = route.entry.canary
+                replicas = (*route.entry.endpoints, *(trial.endpoints if trial else ()))
+                count = sum(self.outstanding.get(replica.replica_id, 0) for replica in replicas)
+                if count:
+                    found[model] = count
+        return found
 
     def draw_canary(self, route: Route) -> CanaryRoute | None:
         """The route's canary for as large a share of the requests as its weight, None for the others."""
@@ -98,11 +118,11 @@ class Upstream:
                 break
             trial = route.entry.canary
             if trial is not None and trial.revision == canary:
-                replica, engine_key = self._next(trial.endpoints, tried, prefix), trial.engine_key
+                replica, engine_key = self._next(model, trial.endpoints, tried, prefix), trial.engine_key
             else:
                 replica = None
             if replica is None:
-                replica, engine_key = self._next(route.entry.endpoints, tried, prefix), route.entry.engine_key
+                replica, engine_key = self._next(model, route.entry.endpoints, tried, prefix), route.entry.engine_key
             if replica is None:
                 break
             tried.add(replica.replica_id)
@@ -114,17 +134,18 @@ class Upstream:
                 )
                 if response.status == 503:
                     response.release()
+                    self._metrics.failure(model, "busy")
                     busy = True
                     continue
                 answered = True
                 return Answer(self, replica.replica_id, response, work)
             except (Unreachable, ValueError) as error:  # ValueError: its address is none
-                self._suspect(replica, model, error)
+                self._suspect(replica, model, "unreachable", error)
             except TimeoutError as error:
-                self._suspect(replica, model, error)
+                self._suspect(replica, model, "silent", error)
                 raise UpstreamFailed("The model's replica did not answer in time.", hint="Retry.") from None
             except Lost as error:
-                self._suspect(replica, model, error)
+                self._suspect(replica, model, "lost", error)
                 if lost:
                     raise failures.died(started=False) from None
                 lost = True
@@ -146,13 +167,15 @@ class Upstream:
             del self.outstanding[replica_id]
 
     def _next(
-        self, replicas: Sequence[Replica], tried: Collection[str], prefix: Callable[[], list[int]] | None
+        self, model: str, replicas: Sequence[Replica], tried: Collection[str], prefix: Callable[[], list[int]] | None
     ) -> Replica | None:
         if len(replicas) == 1 and not tried:
+            self._metrics.choice(model, "only")
             return replicas[0]
         self._turn += 1
         blocks = prefix() if prefix is not None and replicas else []
         home = self._homes.find(home_key(blocks), replicas) if blocks else None
+        matched = self._prefixes.matched(blocks)
         chosen = choose(
             replicas,
             self.outstanding,
@@ -161,17 +184,20 @@ class Upstream:
             self._clock.monotonic(),
             self._turn,
             blocks=blocks,
-            matched=self._prefixes.matched(blocks),
+            matched=matched,
             home=home,
             held=self._homes.held,
         )
+        if chosen is not None:
+            self._metrics.choice(model, _why(blocks, matched, home, chosen.replica_id))
         if chosen is not None and blocks:
             self._prefixes.note(blocks, chosen.replica_id)
             if home is None:
                 self._homes.settle(home_key(blocks), chosen.replica_id)
         return chosen
 
-    def _suspect(self, replica: Replica, model: str, error: Exception) -> None:
+    def _suspect(self, replica: Replica, model: str, how: str, error: Exception) -> None:
+        self._metrics.failure(model, how)
         now = self._clock.monotonic()
         self._suspect_until = {name: until for name, until in self._suspect_until.items() if until > now}
         self._suspect_until[replica.replica_id] = now + _SUSPECT_S
@@ -179,6 +205,14 @@ class Upstream:
             "replica_failed",
             extra={"model": model, "replica_id": replica.replica_id, "reason": f"{type(error).__name__}: {error}"},
         )
+
+
+def _why(blocks: Sequence[int], matched: Mapping[str, int], home: str | None, chosen: str) -> str:
+    if not blocks:
+        return "short"
+    if chosen == home or chosen in matched:
+        return "known"
+    return "moved" if home is not None or matched else "new"
 
 
 class Waker:
