@@ -50,8 +50,6 @@ class StepReport:
     max_violations: tuple[float, ...]
     loads: tuple[tuple[float, ...], ...]
     dropped_tokens: int
-    loads: tuple[tuple[float, ...], ...]
-    dropped_tokens: int
 
 
 def require_vocabulary(theirs: int, ours: int) -> None:
@@ -133,8 +131,6 @@ class Trainer:
             was_skipped=not is_sound,
             entropy_ratios=tuple(layer.entropy_ratio for layer in routing.reports()),
             max_violations=tuple(layer.max_violation for layer in routing.reports()),
-            loads=tuple(layer.load for layer in routing.reports()),
-            dropped_tokens=routing.dropped_tokens(),
             loads=tuple(layer.load for layer in routing.reports()),
             dropped_tokens=routing.dropped_tokens(),
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 
+from zenray.model.network import MoDE
 from zenray.spec.jobs import SCHEMAS
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import DistillJob, TrainingJob
@@ -25,7 +27,8 @@ from zenray.training.mesh import Mesh
 from zenray.training.metrics import watched
 from zenray.training.networks import Checkpoint
 from zenray.training.notice import Notice, watch_in_actor
-from zenray.training.trainer import Trainer
+from zenray.training.teachers import Ask, EndpointAnswers, NetworkAnswers, TopTeacher
+from zenray.training.trainer import Trainer, require_vocabulary
 from zenray.training.uploads import RayRecorder
 
 
@@ -67,15 +70,38 @@ def assemble(
     blocks."""
     base = Checkpoint.open(_fetch(job.base, store, work_dir))
     model = base.network() if job.weights == "base" else base.fresh_network(job.seed)
-    teachers = []
-    if isinstance(job, DistillJob):
-        total = sum(teacher.weight for teacher in job.teachers)
-        for teacher in job.teachers:
-            found = Checkpoint.open(_fetch(teacher.version, store, work_dir))
-            teachers.append((found.network(getattr(torch, job.dtype)), teacher.weight / total))
-    trainer = Trainer(model, job, mesh, teachers)
+    teachers, kept = _teachers(job, store, work_dir, model.config.vocab_size)
+    trainer = Trainer(model, job, mesh, teachers, kept)
     tokens = prepare(job.data, base.tokenizer_file, base.end_token, job.seed, work_dir / "tokens", shards)
     return trainer, TrainingSet.open(job, tokens)
+
+
+def _teachers(
+    job: TrainingJob, store: ObjectStore, work_dir: Path, vocab_size: int
+) -> tuple[list[tuple[MoDE, float]], list[tuple[TopTeacher, float]]]:
+    """Networks that run beside the student, and those whose answers are kept; with their weights, which sum to 1."""
+    networks: list[tuple[MoDE, float]] = []
+    kept: list[tuple[TopTeacher, float]] = []
+    if not isinstance(job, DistillJob):
+        return networks, kept
+    total, dtype = sum(teacher.weight for teacher in job.teachers), getattr(torch, job.dtype)
+    for teacher in job.teachers:
+        weight, count = teacher.weight / total, teacher.top_logits
+        if teacher.endpoint is not None:
+            assert count is not None
+            answers: Ask = EndpointAnswers(teacher.endpoint, count, vocab_size)
+            name = f"{teacher.endpoint.base_url} {teacher.endpoint.model}"
+        else:
+            assert teacher.version is not None
+            folder = _fetch(teacher.version, store, work_dir)
+            if count is None:
+                networks.append((Checkpoint.open(folder).network(dtype), weight))
+                continue
+            require_vocabulary(Checkpoint.open(folder).config.vocab_size, vocab_size)
+            answers = NetworkAnswers(partial(Checkpoint.open(folder).network, dtype), count, job.temperature)
+            name = f"{pinned(teacher.version, store)} {job.dtype}"
+        kept.append((TopTeacher(answers, work_dir / "teachers", name, count, job.temperature), weight))
+    return networks, kept
 
 
 def _fetch(version: Any, store: ObjectStore, work_dir: Path) -> Path:
