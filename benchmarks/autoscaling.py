@@ -41,10 +41,16 @@ PREFILL_S = 0.2
 PLACES = 16
 DAY_S = 24 * 3600
 QUICK_S = (13 * 3600, 15 * 3600)
-OURS = Autoscaling(min_replicas=1, max_replicas=40, target_ongoing_requests=12)
+OURS = Autoscaling(
+    min_replicas=1,
+    max_replicas=40,
+    target_ongoing_requests=12,
+    target_waiting_requests=None,
+    target_kv_cache_use=None,
+)
 QUEUE_AND_CACHE = OURS.model_copy(update={"target_waiting_requests": 1.0, "target_kv_cache_use": 0.8})
 SIGNALS = QUEUE_AND_CACHE.model_copy(update={"target_ttft_p99_s": 2.0})
-FEWER_EACH = 6.0  # requests a replica with which Ray's policy costs about what all our signals cost
+FEWER_EACH = 5.0  # requests a replica with which Ray's policy costs about what all our signals cost
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,7 @@ def contestants() -> dict[str, tuple[AutoscalingConfig, float | None]]:
     return {
         "Ray's policy, Ray's delays": (AutoscalingConfig(**bounds), None),
         "Ray's policy, our delays": (AutoscalingConfig(**bounds, **delays, **look_back), None),
-        "the same, 6 requests each": (AutoscalingConfig(**bounds | fewer, **delays, **look_back), None),
+        "the same, 5 requests each": (AutoscalingConfig(**bounds | fewer, **delays, **look_back), None),
         "ours, requests alone": (AutoscalingConfig(**ours), None),
         "ours, queue and cache too": (AutoscalingConfig(**autoscaling_options(QUEUE_AND_CACHE)), None),
         "ours, all signals": (AutoscalingConfig(**autoscaling_options(SIGNALS)), SIGNALS.target_ttft_p99_s),

@@ -19,15 +19,17 @@ class Autoscaling(Document):
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(16, gt=0, description="Requests in flight that one replica should have.")
     target_waiting_requests: float | None = Field(
-        None, ge=0, description="Requests that may wait in one replica's engine for a place. None: any number."
+        1, ge=0, description="Requests that may wait in one replica's engine for a place. null: any number."
     )
     target_kv_cache_use: float | None = Field(
-        None, gt=0, le=1, description="Share of its KV cache that one replica should use. None: not looked at."
+        0.9, gt=0, le=1, description="Share of its KV cache that one replica should use. null: not looked at."
     )
     target_ttft_p99_s: float | None = Field(
-        None, gt=0, description="99 of 100 first tokens should come within so long. None: not looked at."
+        None, gt=0, description="99 of 100 first tokens should come within so long. null: not looked at."
     )
-    upscale_delay_s: float = Field(10, ge=0, description="More replicas must be needed for so long before one starts.")
+    upscale_delay_s: float = Field(
+        10, ge=0, description="More must be needed for so long, or requests must wait, before one starts."
+    )
     downscale_delay_s: float = Field(
         120, ge=0, description="As many replicas stay as were needed at any moment of the last so many seconds."
     )
