@@ -1,6 +1,7 @@
 """Upcycling a checkpoint of SmolLM2-135M's shape to 8 experts in every layer: peak memory, and time against the disk's.
 
     python -m benchmarks.upcycle [--quick] [--layers N]
+    python -m benchmarks.upcycle --shape 8b [--folder DIR]    benchmarks.upcycle_large: 45 GB of disk, some minutes
 
 Memory is the extra peak of a process of its own, above what it held before it began; the bound is the output and one
 layer, and the ratio is measured by bound, below 1 where we need less. Time is compared with writing as many bytes of
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import upcycle_large
 from benchmarks.expert_lora import resident_bytes
 from benchmarks.report import print_report
 from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe, select_layers
@@ -34,7 +36,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--run", nargs=2, metavar=("SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="8 layers")
+    parser.add_argument("--shape", choices=("smollm2", "8b"), default="smollm2")
+    parser.add_argument("--folder", type=Path, help="of --shape 8b: a disk with room, for what is written")
     options = parser.parse_args()
+    if options.shape == "8b":
+        upcycle_large.measure(options.folder)
+        return
     if options.quick:
         options.layers = 8
     torch.set_num_threads(1)
