@@ -336,3 +336,22 @@ def test_a_store_that_is_away_is_tried_again_until_patience_ends(tmp_path: Path)
     with pytest.raises(StorageUnavailable, match=r"could not be written to .* in 0 s: AWS Error NETWORK") as error:
         upload(folder, Away(9), str(tmp_path / "to"), patience_s=0)  # type: ignore[arg-type]
     assert "goes on from the checkpoint before" in str(error.value)
+
+
+def test_the_causes_of_a_failed_run_are_said_once_each_without_tracebacks() -> None:
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    from zenray.training.runner import causes
+
+    traceback = (
+        'Traceback (most recent call last):\n  File "x.py", line 1\nzenray.StorageUnavailable: The disk is full.\n'
+    )
+    full = UserExceptionWithTraceback(StorageUnavailable("The disk is full."), traceback)
+    dead = RuntimeError("The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker")
+    told = causes(WorkerGroupError("long", {0: full, 2: full, 1: dead}))
+    assert told == (
+        "worker 0, 2: zenray.StorageUnavailable: The disk is full; "
+        "worker 1: The actor died unexpectedly before finishing this task"
+    )
+    assert "no room" in causes(ControllerError(RuntimeError("no room")))

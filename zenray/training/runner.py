@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from zenray.model.hf.export import STOCK_FORMATS, choose_target, export
 from zenray.model.weights import TensorPlan
 from zenray.spec.errors import Conflict, ZenrayError
+from zenray.spec.jobs import job_id
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import DistillJob, TrainingJob
 from zenray.spec.versions import Manifest, Parents, VersionRef
@@ -30,11 +31,11 @@ from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.cache import fetch
 from zenray.storage.job_record import report_key
 from zenray.storage.opening import open_store
+from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, publish
 from zenray.training.checkpointing import read_weight
 from zenray.training.data.shards import TokenShards, tokenise_on_cluster
 from zenray.training.events import EventPlace
-from zenray.training.lineage import pin, pinned, run_name
 from zenray.training.loop import HISTORY_NAME, Event, identities_in, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.report import REPORT_NAME, write_report
@@ -57,7 +58,7 @@ def run(
     """
     store = open_store(storage)
     job = pin(job, store)
-    name = run_name(job)
+    name = job_id(job)
     ref = VersionRef(model=job.into.model, version=job.into.version)
     existing = find_manifest(store, ref)
     if existing is not None:
@@ -141,8 +142,21 @@ def _fit(
         return trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise ZenrayError(
-            f"Run {name} failed: {error}", hint="Run it again: it goes on from its last checkpoint."
+            f"Run {name} failed: {causes(error)}.", hint="Run it again: it goes on from its last checkpoint."
         ) from error
+
+
+def causes(error: ray.train.TrainingFailedError) -> str:
+    """What went wrong, each cause once, without the tracebacks, which stand in Ray's logs."""
+    failures = getattr(error, "worker_failures", {})
+    said: dict[str, list[int]] = {}
+    for rank, failure in sorted(failures.items()):
+        lines = str(failure).strip().splitlines()
+        is_traceback = bool(lines) and lines[0].startswith("Traceback")
+        found = lines[-1 if is_traceback else 0] if lines else type(failure).__name__
+        said.setdefault(found.rstrip("."), []).append(rank)
+    told = [f"worker {', '.join(map(str, ranks))}: {found}" for found, ranks in said.items()]
+    return "; ".join(told) or str(error)
 
 
 @contextmanager
