@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from zenray.model.hf import register
-from zenray.model.upcycling.__main__ import main
 from zenray.model.upcycling.runner import run
 from zenray.spec.documents import parse_document
 from zenray.spec.errors import Conflict, InvalidDocument, InvalidValue, NotFound
@@ -108,17 +107,6 @@ def test_the_job_file_is_checked_with_line_and_reason(change, message):
     with pytest.raises(InvalidDocument, match=message) as caught:
         job(JOB.replace(*change))
     assert "job.yaml:" in str(caught.value)
-
-
-def test_the_command(store, tmp_path, capsys):
-    spec = tmp_path / "job.yaml"
-    spec.write_text(JOB)
-    arguments = [str(spec), "--store", store.uri, "--work-dir", str(tmp_path / "work")]
-    assert main(arguments) == 0
-    assert "published mode@v1/safetensors" in capsys.readouterr().out
-    spec.write_text(JOB.replace("dense", "dens"))
-    assert main(arguments) == 1
-    assert "error: " in capsys.readouterr().err
 
 
 def test_the_job_in_the_repository_is_sound():

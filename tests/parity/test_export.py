@@ -104,7 +104,7 @@ def test_a_fresh_process_upcycles_and_exports(llama_folder, tmp_path):
         "kind: upcycle\nname: tiny\nbase: {model: dense}\ninto: {model: mode, version: v1}\n"
         "groups: [{name: general, experts: 2}]\nlayers: last 2\nstock_format: replicate\n"
     )
-    command = [sys.executable, "-m", "zenray.model.upcycling", str(tmp_path / "job.yaml")]
+    command = [sys.executable, "-m", "zenray.training", str(tmp_path / "job.yaml")]
     command += ["--store", f"file:{tmp_path}/store", "--work-dir", str(tmp_path / "work")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from tests.training.tiny import CONFIG, job, write_text
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidDocument, InvalidValue
-from zenray.spec.jobs import load_job
+from zenray.spec.jobs import job_id, load_job
 from zenray.spec.training import DistillJob, Optimisation, PretrainJob, Workers
 from zenray.training import loss as loss_module
 from zenray.training.data.stream import IGNORED, pack
-from zenray.training.lineage import run_name
 from zenray.training.loss import TeacherStates, head_loss, hidden_states
 from zenray.training.mesh import Mesh
 from zenray.training.optimizer import learning_rate
@@ -99,10 +98,10 @@ def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
 
 def test_a_run_is_named_by_all_that_changes_its_result(tmp_path: Path) -> None:
     text = write_text(tmp_path)
-    name = run_name(job(text))
+    name = job_id(job(text))
     assert name.startswith("tiny-")
-    assert run_name(job(text, workers={"count": 2, "expert_parallel": 2})) == name
-    others = {run_name(job(text, **change)) for change in ({"steps": 7}, {"seed": 1}, {"train": ("experts",)})}
+    assert job_id(job(text, workers={"count": 2, "expert_parallel": 2})) == name
+    others = {job_id(job(text, **change)) for change in ({"steps": 7}, {"seed": 1}, {"train": ("experts",)})}
     assert len(others) == 3 and name not in others
 
 

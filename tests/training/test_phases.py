@@ -21,6 +21,7 @@ from zenray.storage.local import LocalStore
 from zenray.storage.pinning import pin
 from zenray.storage.versions import find_manifest, publish, read_manifest
 from zenray.training import evaluate as evaluation
+from zenray.training.__main__ import main
 from zenray.training.events import EventPlace, EventStream
 from zenray.training.phases import carry_out
 
@@ -166,3 +167,19 @@ def test_events_are_also_on_this_machine_at_once(tmp_path: Path, place: Place) -
     with EventStream(place.store, EventPlace("a"), is_silent=True) as silent:
         silent({"event": "step", "step": 3})
     assert job_journal(place.store, "a").read(0)[0] == records
+
+
+def test_the_command_runs_a_file_and_says_what_it_did(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    job = place.job().phases[0]
+    file = place.folder / "job.json"  # which is YAML too
+    file.write_text(job.model_dump_json())
+    arguments = [str(file), "--store", place.store.uri, "--work-dir", str(place.folder / "work")]
+    assert main(arguments) == 0
+    assert "published mode@v1/safetensors" in capsys.readouterr().out
+    records, _ = job_journal(place.store, job_id(pin(job, place.store))).read(0)
+    assert records[-1]["event"] == "ended" and records[-1]["outcome"] == "succeeded"
+    file.write_text(job.model_dump_json().replace('"drop_rate":0.5', '"drop_rate":0.25'))
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert "error: " in shown.err and "failed: mode@v1" in shown.out, "its last event says why"
+    assert main(["--job", "gone", *arguments[1:]]) == 1

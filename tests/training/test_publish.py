@@ -15,12 +15,13 @@ from zenray.model.config import RouterConfig
 from zenray.model.hf import register
 from zenray.model.weights import TensorFolder
 from zenray.spec.errors import Conflict, InvalidValue
+from zenray.spec.jobs import job_id
 from zenray.spec.platform import StorageSettings
 from zenray.spec.versions import VersionRef
 from zenray.storage.cache import fetch
 from zenray.storage.local import LocalStore
+from zenray.storage.pinning import pin
 from zenray.storage.versions import list_versions, publish
-from zenray.training.lineage import pin, run_name
 from zenray.training.loop import read_history, train
 from zenray.training.mesh import Mesh
 from zenray.training.networks import Checkpoint
@@ -45,7 +46,7 @@ def trained(store: LocalStore, folder: Path, **changes):
     train(trainer, data, FolderRecorder(folder / "checkpoints"))
     checkpoint = folder / "checkpoints" / "step-00000006"
     base = Checkpoint.open(fetch(store, VersionRef(model="tiny", version="v0"), folder / "work" / "versions"))
-    return trainer, (wanted, run_name(wanted), store, base, checkpoint, read_history(checkpoint), folder / "work", None)
+    return trainer, (wanted, job_id(wanted), store, base, checkpoint, read_history(checkpoint), folder / "work", None)
 
 
 def test_the_version_is_the_trained_network_in_the_bases_layout(store, tmp_path) -> None:

@@ -18,10 +18,10 @@ from zenray.spec.versions import VersionRef
 from zenray.storage.base import ObjectStore
 from zenray.storage.cache import fetch
 from zenray.storage.opening import open_store
+from zenray.storage.pinning import pinned
 from zenray.training.data.shards import TokenShards
 from zenray.training.data.tokens import prepare
 from zenray.training.events import EventPlace, EventStream
-from zenray.training.lineage import pinned
 from zenray.training.loop import TrainingSet, train
 from zenray.training.mesh import Mesh
 from zenray.training.metrics import watched

@@ -8,6 +8,7 @@ from typing import Literal
 from zenray.spec.job_life import ClusterJob, ClusterJobState, JobState
 
 MOST_LOST = 3
+CANCELLED = "Cancelled by an administrator."
 _LOG_LINES = 8
 
 
@@ -68,7 +69,7 @@ def unreachable(job: JobView, reason: str) -> Decision:
 
 def _cancelling(job: JobView, seen: ClusterJob | None) -> Decision:
     if seen is None or seen.state in (ClusterJobState.STOPPED, ClusterJobState.FAILED):
-        return _to(job, JobState.CANCELLED, job.message)
+        return _to(job, JobState.CANCELLED, CANCELLED)
     if seen.state is ClusterJobState.SUCCEEDED:
         return _to(job, JobState.SUCCEEDED, "It was done before it could be cancelled.")
     return _to(job, job.state, job.message, act="cancel")

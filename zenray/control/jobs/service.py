@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from zenray.control.jobs.life import CANCELLED
 from zenray.control.jobs.repository import add, change, find_job
 from zenray.control.jobs.tables import JobRow
 from zenray.spec.errors import Conflict, NotFound, suggest
@@ -48,7 +49,7 @@ def cancel_job(session: Session, name: str, *, now: float) -> JobRow:
     if not state.can_be_cancelled:
         raise Conflict(f"{row.id} is over: it {_verb(state)}.", hint="Only a job that is not over can be cancelled.")
     to = JobState.CANCELLING if state.may_become(JobState.CANCELLING) else JobState.CANCELLED
-    change(session, row, to, "Cancelled by an administrator.", now=now)
+    change(session, row, to, CANCELLED, now=now)
     return row
 
 
