@@ -1,8 +1,9 @@
 """`make demo`: the whole journey on this machine, with a real model, from nothing to a paid answer.
 
 Gets SmolLM2-135M-Instruct, publishes it as a model version, starts Ray, control and gateway, deploys the model on Ray
-Serve and vLLM, makes an organisation with credit and a key, asks two questions with the unmodified `openai` client,
-and prints what they cost. Ends everything it started. What was fetched stays for the next run.
+Serve and vLLM, makes an organisation with credit and a key, and asks two questions with the unmodified `openai` client.
+Then it makes a mixture of experts out of the model, distils it for a few steps on Ray Train, deploys and asks that too,
+and prints what all of it cost. Ends everything it started. What was fetched and made stays for the next run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ from zenray.spec.money import format_usd
 from zenray.spec.platform import Platform
 
 MODEL = "smollm2-135m"
+MIXTURE = "smollm2-mode"
+MIXTURE_JOB = Path("jobs/mode-smollm2-short.yaml")
+MIXTURE_DEPLOYMENT = """
+model: smollm2-mode
+version: short-distilled
+engine: {dtype: bfloat16, max_model_len: 512, max_num_seqs: 4, kv_cache_bytes: 134217728}
+"""
 CREDIT_USD = "1.00"
 LEDGER_TIMEOUT_S = 20.0
 
@@ -37,6 +45,7 @@ class Answer:
     """One question's way through the platform."""
 
     how: str
+    model: str
     question: str
     text: str
     input_tokens: int
@@ -64,7 +73,7 @@ def _run(home: Home) -> None:
     try:
         _zenray("up", "-f", str(platform_file), "--detach")
         running = home.running()
-        console.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/dim]  {MODEL} answers")
+        _say(began_s, f"{MODEL} answers")
         org, key = _make_customer(ControlClient.connect(home))
         wait_until_known(running.gateway_url, key)
         client = openai.OpenAI(base_url=f"{running.gateway_url}/v1", api_key=key)
@@ -72,10 +81,21 @@ def _run(home: Home) -> None:
             _ask_whole(client, "What is the capital of France?"),
             _ask_streamed(client, "Write two sentences about the sea."),
         ]
+        _say(began_s, f"{MODEL} has answered; now a mixture of experts is made of it")
+        _zenray("run", str(MIXTURE_JOB), "--follow")
+        deployment = home.root / "mixture.yaml"
+        deployment.write_text(MIXTURE_DEPLOYMENT, encoding="utf-8")
+        _zenray("deploy", str(deployment))
+        _say(began_s, f"{MIXTURE} answers")
+        answers.append(_ask_whole(client, "What is the capital of France?", MIXTURE))
         _report(running, answers, _wait_for_ledger(ControlClient.connect(home), org, len(answers)))
     finally:
         _zenray("down")
-    console.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/dim]  done; `zenray up` starts a platform that stays")
+    _say(began_s, "done; `zenray up` starts a platform that stays")
+
+
+def _say(began_s: float, what: str) -> None:
+    console.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/dim]  {what}")
 
 
 def _platform_file(home: Home) -> Path:
@@ -100,22 +120,23 @@ def _zenray(*arguments: str) -> None:
 
 
 def _make_customer(control: ControlClient) -> tuple[str, str]:
-    """A fresh organisation with credit, and a key that may ask this model only."""
+    """A fresh organisation with credit, and a key that may ask the two models only."""
     org = f"demo-{int(time.time())}"
     control.post("/admin/orgs", {"name": org})
     control.post(f"/admin/orgs/{org}/credits", {"amount_usd": CREDIT_USD, "note": "demo"})
-    key = control.post("/admin/keys", {"org": org, "scopes": [MODEL], "name": "demo"})
+    key = control.post("/admin/keys", {"org": org, "scopes": [MODEL, MIXTURE], "name": "demo"})
     return org, key["key"]
 
 
-def _ask_whole(client: openai.OpenAI, question: str) -> Answer:
+def _ask_whole(client: openai.OpenAI, question: str, model: str = MODEL) -> Answer:
     began_s = time.monotonic()
     answer = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": question}], max_tokens=64, temperature=0
+        model=model, messages=[{"role": "user", "content": question}], max_tokens=64, temperature=0
     )
     assert answer.usage is not None
     return Answer(
         "whole",
+        model,
         question,
         answer.choices[0].message.content or "",
         answer.usage.prompt_tokens,
@@ -145,7 +166,9 @@ def _ask_streamed(client: openai.OpenAI, question: str) -> Answer:
     if usage is None:
         raise Unavailable("The stream ended without usage, although it was asked for.")
     took_s = time.monotonic() - began_s
-    return Answer("streamed", question, text, usage.prompt_tokens, usage.completion_tokens, first_token_s, took_s)
+    return Answer(
+        "streamed", MODEL, question, text, usage.prompt_tokens, usage.completion_tokens, first_token_s, took_s
+    )
 
 
 def _wait_for_ledger(control: ControlClient, org: str, requests: int) -> tuple[int, int]:
@@ -163,11 +186,14 @@ def _wait_for_ledger(control: ControlClient, org: str, requests: int) -> tuple[i
 def _report(running: RunningPlatform, answers: list[Answer], money: tuple[int, int]) -> None:
     cost_nano_usd, balance_nano_usd = money
     for answer in answers:
-        console.print(Panel(answer.text.strip(), title=f"{answer.question} ({answer.how})", title_align="left"))
+        console.print(
+            Panel(answer.text.strip(), title=f"{answer.model}: {answer.question} ({answer.how})", title_align="left")
+        )
     show_table(
-        ["answer", "#input tokens", "#output tokens", "#first token", "#in all", "#tokens/s"],
+        ["model", "answer", "#input tokens", "#output tokens", "#first token", "#in all", "#tokens/s"],
         [
             [
+                answer.model,
                 answer.how,
                 answer.input_tokens,
                 answer.output_tokens,
@@ -181,7 +207,7 @@ def _report(running: RunningPlatform, answers: list[Answer], money: tuple[int, i
     console.print()
     show_facts(
         {
-            "cost of both": format_usd(cost_nano_usd),
+            "cost of all": format_usd(cost_nano_usd),
             "balance left": f"{format_usd(balance_nano_usd)} of ${CREDIT_USD}",
             "gateway": f"{running.gateway_url}/v1",
             "API docs": f"{running.gateway_url}/docs",

@@ -15,8 +15,9 @@ from zenray.cli.client import ControlClient
 from zenray.cli.following import JobFailed, LiveView, follow
 from zenray.cli.home import Home
 from zenray.cli.output import console
-from zenray.cli.supervisor.parts import last_lines
+from zenray.cli.supervisor.parts import die_with_parent, last_lines
 from zenray.spec.job_events import Ended, JobEvent, parse_event
+from zenray.spec.job_life import JobState
 from zenray.spec.jobs import Job, job_id, load_job, with_absolute_paths
 from zenray.storage.job_record import job_journal, launch_arguments, write_job
 from zenray.storage.opening import open_store
@@ -42,7 +43,7 @@ def run(
     client = ControlClient.connect(home)
     row = client.post("/admin/jobs", job.model_dump(mode="json"))
     console.print(f"{row['id']} is {row['state']}; `zenray jobs show {row['name']}` shows how far it is.")
-    if follow_it:
+    if follow_it and not JobState(row["state"]).is_final:
         follow(client, row["id"])
 
 
@@ -60,7 +61,13 @@ def run_here(job: Job, home: Home) -> None:
     command = [sys.executable, "-m", "zenray.training", *launch_arguments(id, storage, str(home.cache / "jobs"))]
     last: JobEvent | None = None
     with log_file.open("wb") as log, LiveView() as view:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
         try:
             is_over = False
             while not is_over:

@@ -36,7 +36,8 @@ class Part(Protocol):
     def pid(self) -> int | None: ...
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For `preexec_fn`: the child gets SIGTERM when its parent dies, however that happens."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -77,7 +78,7 @@ class ProcessPart:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self._environment},
                 start_new_session=True,  # Ctrl-C is for the supervisor, which then stops the parts in order
-                preexec_fn=_die_with_parent,  # and if the supervisor is killed, its parts end too
+                preexec_fn=die_with_parent,  # and if the supervisor is killed, its parts end too
             )
 
     def alive(self) -> bool:
