@@ -166,18 +166,25 @@ class _Run:
         self.trainer, self.data, self.recorder, self.tell, self.notice = trainer, data, recorder, tell, notice
         self.stager = Stager(trainer)
         self.history: list[Event] = []
+        self._lines: list[str] = []  # of the history, made once: a long run has many, and writes all at each checkpoint
+        self._shift = 0  # by how many steps the data is ahead
         self.done = self.checkpoint = 0
 
     def note(self, event: Event) -> None:
         self.history.append(event)
+        self._lines.append(json.dumps(event) + "\n")
         self.tell(event)
+
+    def _remember(self, history: list[Event]) -> None:
+        self.history, self._lines = history, [json.dumps(event) + "\n" for event in history]
+        self._shift = data_step(history, 0)
 
     def take_up(self) -> None:
         """From the newest checkpoint, where there is one."""
         with self.recorder.latest() as folder:
             if folder is not None:
                 self.done = self.checkpoint = load(self.trainer, folder)
-                self.history = read_history(folder)
+                self._remember(read_history(folder))
                 require_same_data(self.history, self.data.identities)
                 self.tell({"event": "resumed", "step": self.done})
 
@@ -185,7 +192,7 @@ class _Run:
         """One step, learnt from or not."""
         trainer, decision = self.trainer, TAKE
         started = time.perf_counter()
-        batches = self.data.step(trainer.job, trainer.mesh, data_step(self.history, self.done))
+        batches = self.data.step(trainer.job, trainer.mesh, self._shift + self.done)
 
         def accept(loss: float, norm: float) -> bool:
             nonlocal decision
@@ -207,10 +214,10 @@ class _Run:
         with self.recorder.latest() as folder:
             assert folder is not None
             self.done = load(self.trainer, folder)
-            self.history = read_history(folder)
-        known = [e for e in self.history if e["event"] == "rolled_back"]
-        self.history += [event for event in earlier if event not in known]
-        self.note({"event": "rolled_back", "step": self.done, "from": bad, "fault": reason})
+            history = read_history(folder)
+        this = {"event": "rolled_back", "step": self.done, "from": bad, "fault": reason}
+        self._remember([*history, *(event for event in earlier if event not in history), this])
+        self.tell(this)
 
     def stop(self, reason: str) -> Outcome:
         """As the run was before the step at fault, so that it can be looked at, and go on under another policy."""
@@ -236,14 +243,14 @@ class _Run:
         return Outcome(self.history, was_preempted=True)
 
     def save(self) -> None:
-        done, events = self.done, list(self.history)
+        done, lines = self.done, list(self._lines)
         write_state = self.stager.take(done)
 
         def write(folder: Path) -> None:
             write_state(folder)
             if self.trainer.mesh.rank == 0:
-                lines = "".join(json.dumps(event) + "\n" for event in events)
-                (folder / HISTORY_NAME).write_text(lines, encoding="utf-8")
+                with (folder / HISTORY_NAME).open("w", encoding="utf-8") as file:
+                    file.writelines(lines)
 
         self.recorder.record(f"step-{done:08}", {"step": done}, write)
         self.checkpoint = done
