@@ -210,7 +210,7 @@ def _harness(wanted: HarnessTasks, subject: Subject) -> tuple[TaskResult, ...]:
     import lm_eval
     from lm_eval.api.model import LM
 
-    class Adapter(LM):  # type: ignore[misc]
+    class Adapter(LM):
         """What the harness asks of a model; each request's `args` are its arguments."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

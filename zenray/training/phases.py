@@ -66,7 +66,7 @@ def _pipeline(
         said = tell.in_phase(phase.name)
 
         def at(state: str, name: str = phase.name, number: int = number) -> None:
-            tell(Phase(name=name, number=number, of=len(job.phases), state=state))  # type: ignore[arg-type]
+            tell(Phase(name=name, number=number, of=len(job.phases), state=state))
 
         done = _done(phase, store)
         if done is None:
