@@ -90,13 +90,17 @@ class Workers(Document):
         False,
         description="Cut every weight, gradient and moment over the workers (FSDP, ZeRO-3): less memory, more traffic.",
     )
+    pipeline_parallel: int = Field(
+        1, ge=1, description="Stages that share the layers; divides count, and the other axes what is left."
+    )
+    context_parallel: int = Field(1, ge=1, description="Workers of a stage that share each sequence.")
     gpu: bool = Field(False, description="One GPU for each worker, and NCCL; otherwise CPUs and gloo.")
     cpus: float = Field(1, gt=0, description="CPUs that Ray sets aside for each worker.")
     max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint; -1: without limit.")
 
     @property
     def axes(self) -> Axes:
-        return Axes(expert=self.expert_parallel)
+        return Axes(self.pipeline_parallel, self.context_parallel, self.expert_parallel)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Workers:
@@ -166,28 +170,6 @@ class Tracking(Document):
     wandb: WandbTracking | None = None
 
 
-class MlflowTracking(Document):
-    """Needs the optional package `mlflow`. Credentials come from the workers' environment."""
-
-    uri: str = Field(description="A tracking server, or file:/PATH.")
-    experiment: str = Field("zenray", min_length=1)
-
-
-class WandbTracking(Document):
-    """Needs the optional package `wandb`. The key comes from the workers' environment (WANDB_API_KEY)."""
-
-    project: str = Field(min_length=1)
-    entity: str | None = None
-    mode: Literal["online", "offline"] = "online"
-
-
-class Tracking(Document):
-    """Where metrics go besides zenray's own events. It changes nothing of the result."""
-
-    mlflow: MlflowTracking | None = None
-    wandb: WandbTracking | None = None
-
-
 class _TrainingJob(Document):
     name: str
     base: BaseVersion = Field(description="Gives the network, the tokenizer and, unless they are fresh, the weights.")
@@ -216,7 +198,6 @@ class _TrainingJob(Document):
     )
     faults: Faults = Faults()
     tracking: Tracking = Tracking()
-    tracking: Tracking = Tracking()
     seed: int = 0
     stock_format: Literal["none", "exact", "replicate"] = Field(
         "none",
@@ -244,10 +225,11 @@ class _TrainingJob(Document):
 
     @model_validator(mode="after")
     def _whole_passes(self) -> _TrainingJob:
-        at_once = self.workers.count * self.sequences_per_pass
+        readers = self.workers.axes.data(self.workers.count)
+        at_once = readers * self.sequences_per_pass
         if self.sequences_per_step % at_once:
             raise ValueError(
-                f"sequences_per_step is {self.sequences_per_step}, but {self.workers.count} workers with "
+                f"sequences_per_step is {self.sequences_per_step}, but {readers} workers with "
                 f"sequences_per_pass {self.sequences_per_pass} compute {at_once} at once: use a multiple of {at_once}"
             )
         return self
