@@ -17,6 +17,7 @@ from zenray.catalog.training_memory import TrainingLayout, held, stage_weights
 from zenray.spec.documents import load_document
 from zenray.spec.errors import InvalidValue, ModelNotFound
 from zenray.spec.jobs import load_job
+from zenray.spec.parallelism import Axes
 from zenray.spec.platform import Nodes, Platform
 from zenray.spec.training import DistillJob, PretrainJob, TrainingJob
 
@@ -24,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CATALOG = Catalog.load()
 RECIPES = {"zen-14b": "a100-8", "zen-72b": "h100-64"}
 COUNTED = [entry for entry in CATALOG if entry.variant_of is None and entry.dimensions]
+
+
+def sharded(workers: int, expert_parallel: int) -> TrainingLayout:
+    return TrainingLayout(workers, Axes(expert=expert_parallel), fully_sharded=True)
 
 
 def job(model: str = "zen-14b", workers: dict[str, Any] | None = None, **changes: Any) -> TrainingJob:
@@ -82,9 +87,7 @@ def test_the_weights_of_all_stages_are_the_model(entry: Any) -> None:
     assert sum(weight.size for weight in halves) == total + copied
 
 
-@pytest.mark.parametrize(
-    "layout", [TrainingLayout(8, 1, True), TrainingLayout(8, 4, True), TrainingLayout(64, 8, True)]
-)
+@pytest.mark.parametrize("layout", [sharded(8, 1), sharded(8, 4), sharded(64, 8)])
 def test_the_fullest_workers_part_is_no_less_than_an_even_share_and_little_more(layout: TrainingLayout) -> None:
     dimensions = CATALOG.get("zen-72b").dimensions
     assert dimensions is not None
@@ -124,7 +127,7 @@ def test_a_hint_to_take_more_workers_is_true_and_the_least() -> None:
 def test_passes_of_a_sharded_step_add_up_whole_gradients() -> None:
     one, two = (plan_training(job(sequences_per_step=n), CATALOG, EIGHT).fullest.loss for n in (8, 16))
     gathered = sum(
-        held(weight, TrainingLayout(8, 8, True), sharded=False)
+        held(weight, sharded(8, 8), sharded=False)
         for weight in stage_weights(CATALOG.get("zen-14b").dimensions, range(40))  # type: ignore[arg-type]
     )
     hidden = 2560

@@ -96,7 +96,7 @@ def plan_training(job: TrainingJob, catalog: Catalog, nodes: Nodes | None = None
 
 def layout_of(job: TrainingJob) -> TrainingLayout:
     workers = job.workers
-    return TrainingLayout(workers.count, workers.expert_parallel, workers.fully_sharded)
+    return TrainingLayout(workers.count, workers.axes, workers.fully_sharded)
 
 
 def settings_of(job: TrainingJob, layout: TrainingLayout) -> Settings:
@@ -107,8 +107,8 @@ def settings_of(job: TrainingJob, layout: TrainingLayout) -> Settings:
         half=job.dtype == "bfloat16",
         recomputed=job.activation_checkpointing,
         sequences=job.sequences_per_pass,
-        sequence_tokens=job.data.sequence_tokens,
-        accumulates=_passes(job, layout) > 1,
+        sequence_tokens=job.data.sequence_tokens // layout.axes.context,
+        passes=_passes(job, layout),
         gpu=job.workers.gpu,
     )
 
@@ -144,17 +144,19 @@ def _teachers(job: TrainingJob, catalog: Catalog, student: ModelDimensions) -> I
 
 def _passes(job: TrainingJob, layout: TrainingLayout) -> int:
     """Of one worker in one step."""
-    return job.sequences_per_step // (layout.of_stage * job.sequences_per_pass)
+    return job.sequences_per_step // (layout.axes.data(layout.workers) * job.sequences_per_pass)
 
 
 def _stages(
     dimensions: ModelDimensions, layout: TrainingLayout, settings: Settings, teachers: Sequence[ModelDimensions]
 ) -> tuple[StepMemory, ...]:
+    """Of a worker of each pipeline stage. In the order 1F1B an early stage keeps more passes at once than a late one."""
     found, first = [], 0
-    for count in stage_layers(dimensions.layers, layout.stages):
+    for stage, count in enumerate(stage_layers(dimensions.layers, layout.stages)):
         layers = range(first, first + count)
-        found.append(step_memory(dimensions, layers, layout, settings, teachers=teachers))
         first += count
+        at_once = min(settings.passes, layout.stages - stage)
+        found.append(step_memory(dimensions, layers, layout, settings, passes_in_flight=at_once, teachers=teachers))
     return tuple(found)
 
 
@@ -211,7 +213,7 @@ def _ways_to_fit(layout: TrainingLayout, settings: Settings) -> Iterator[tuple[T
     yield layout, settings
     settings = replace(settings, recomputed="full")
     yield layout, settings
-    settings = replace(settings, accumulates=False)  # sums of several passes are whole, also where weights are cut
+    settings = replace(settings, passes=1)  # the sums of several are whole, also where weights are cut
     yield layout, settings
     yield layout, replace(settings, sequences=1)
 
@@ -227,8 +229,8 @@ def _changes(before: tuple[TrainingLayout, Settings], after: tuple[TrainingLayou
         yield f"activation_checkpointing: {new.recomputed}"
     if new.sequences != settings.sequences:
         yield f"sequences_per_pass: {new.sequences}"
-    if new.accumulates != settings.accumulates:
-        yield f"sequences_per_step: {new_layout.of_stage * new.sequences}"
+    if new.passes != settings.passes:
+        yield f"sequences_per_step: {new_layout.axes.data(new_layout.workers) * new.sequences}"
 
 
 def _speed(

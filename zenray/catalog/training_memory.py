@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Literal
 
 from zenray.spec.dimensions import ModelDimensions
+from zenray.spec.parallelism import Axes
 
 Part = Literal["dense", "routers", "experts"]
 Recomputed = Literal["none", "selective", "full"]
@@ -23,24 +24,25 @@ BUCKET_BYTES = 64 << 20  # of gradients that are added up in one message (zenray
 CHUNK_TOKENS = 1024  # whose logits are in memory at once (zenray.training.loss)
 
 
+_NOTHING_SHARED = Axes()
+
+
 @dataclass(frozen=True)
 class TrainingLayout:
-    """How workers share a network: `stages` of equally many workers, which form groups of `expert_parallel`."""
+    """How workers share a network."""
 
     workers: int = 1
-    expert_parallel: int = 1
+    axes: Axes = _NOTHING_SHARED
     fully_sharded: bool = False
-    stages: int = 1
+
+    @property
+    def stages(self) -> int:
+        return self.axes.pipeline
 
     @property
     def of_stage(self) -> int:
-        """Workers that hold parts of one stage: all are data-parallel to one another."""
-        return self.workers // self.stages
-
-    @property
-    def replicas(self) -> int:
-        """Workers of a stage that hold the same experts, or parts of them."""
-        return self.of_stage // self.expert_parallel
+        """Workers that hold parts of one stage's weights."""
+        return self.axes.of_stage(self.workers)
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Settings:
     half: bool  # bfloat16 arithmetic with float32 masters
     recomputed: Recomputed
     sequences: int  # of one pass of one worker
-    sequence_tokens: int
-    accumulates: bool  # a step has several passes
+    sequence_tokens: int  # of this worker's part of each
+    passes: int  # of one worker in a step: their gradients are added up
     gpu: bool
 
     @property
@@ -62,6 +64,10 @@ class Settings:
     @property
     def tokens(self) -> int:
         return self.sequences * self.sequence_tokens
+
+    @property
+    def accumulates(self) -> bool:
+        return self.passes > 1
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,11 @@ def held(weight: Weight, layout: TrainingLayout, *, sharded: bool) -> int:
     """How many numbers of a parameter the fullest worker holds. `sharded`: cut by FSDP too, not only by experts."""
     if weight.part != "experts":
         return _cut(weight.shape, 0, layout.of_stage if sharded else 1)
-    mine = -(-weight.shape[0] // layout.expert_parallel)
+    mine = -(-weight.shape[0] // layout.axes.expert)
     shape = (mine, *weight.shape[1:])
     if not sharded:
         return math.prod(shape)
-    replicas = layout.replicas
+    replicas = layout.axes.replicas(layout.workers)
     through_rows = mine < replicas and shape[1] % replicas == 0
     return _cut(shape, 1 if through_rows else 0, replicas)
 

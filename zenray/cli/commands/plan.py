@@ -93,12 +93,14 @@ def _show_memory(plan: TrainingPlan) -> None:
 
 
 def _in_words(plan: TrainingPlan) -> str:
-    layout = plan.layout
+    layout, axes = plan.layout, plan.layout.axes
     words = [f"{layout.workers}"]
-    if layout.stages > 1:
-        words.append(f"in {layout.stages} pipeline stages of {layout.of_stage}")
-    if layout.expert_parallel > 1:
-        words.append(f"groups of {layout.expert_parallel} share the experts")
+    if axes.pipeline > 1:
+        words.append(f"in {axes.pipeline} pipeline stages of {layout.of_stage}")
+    if axes.context > 1:
+        words.append(f"groups of {axes.context} share a sequence")
+    if axes.expert > 1:
+        words.append(f"groups of {axes.expert} share the experts")
     words.append("weights fully sharded" if layout.fully_sharded else "every worker has all other weights")
     return ", ".join(words)
 
