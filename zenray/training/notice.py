@@ -39,14 +39,11 @@ class Notice:
         self._next_question_s = 0.0
 
     def is_due(self) -> bool:
-        now = time.monotonic()
-        if now < self._next_question_s:
-            return False
-        self._next_question_s = now + _ASK_RAY_EVERY_S
-        return True
+        return time.monotonic() >= self._next_question_s
 
     def is_given(self) -> bool:
         return _given.is_set()
 
     def ask(self) -> bool:
+        self._next_question_s = time.monotonic() + _ASK_RAY_EVERY_S  # here, so that all workers count from one moment
         return ray.train.get_preemption_info() is not None
