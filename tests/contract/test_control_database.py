@@ -10,6 +10,7 @@ import pytest
 
 from tests.contract.postgres import PostgresServer, running_postgres
 from tests.control.cases.accounts import *  # noqa: F403
+from tests.control.cases.jobs import *  # noqa: F403
 from tests.control.cases.leases import *  # noqa: F403
 from tests.control.cases.ledger import *  # noqa: F403
 from tests.control.cases.published import *  # noqa: F403
