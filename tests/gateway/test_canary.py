@@ -42,7 +42,7 @@ class Replicas:
         self.state = state
         self.asked: list[tuple[str, str]] = []
 
-    async def post(self, url: str, path: str, *, bearer: str, request_id: str, body: bytes) -> Answer:
+    async def post(self, url: str, path: str, *, bearer: str, **_: object) -> Answer:
         name = url.removeprefix("http://")
         self.asked.append((name, bearer))
         if self.state.get(name) == "away":

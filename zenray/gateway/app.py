@@ -22,6 +22,7 @@ from zenray.gateway.metrics import CONTENT_TYPE, FOLD_INTERVAL_S, Metrics
 from zenray.gateway.proxy import Proxy
 from zenray.gateway.reply import WRITE, ClientGone, Disconnect, Receive, Reply, Scope, Send, read_body
 from zenray.gateway.snapshot import Directory, Key, Route
+from zenray.gateway.tracing import Tracing, open_tracing
 from zenray.gateway.upstream import Upstream, Waker, new_session
 from zenray.spec.clock import Clock, SystemClock
 from zenray.spec.errors import InvalidRequest, ModelNotFound, NotFound, UpstreamFailed, ZenrayError, suggest
@@ -54,6 +55,7 @@ class Gateway:
         self._request_log = RequestLog(self.gateway_id)
         self._tasks: list[asyncio.Task[None]] = []
         self.replaced = False
+        self._tracing: Tracing | None = None
         self._get: dict[str, Callable[[Scope, Reply], Awaitable[None]]] = {
             "/healthz": self._healthz,
             "/readyz": self._readyz,
@@ -77,6 +79,7 @@ class Gateway:
             max_wal_bytes=config.max_wal_bytes,
             clock=self._clock,
         )
+        self._tracing = open_tracing(config.otlp_endpoint, share=config.trace_share, gateway_id=self.gateway_id)
         self._session = new_session()
         self._replicas = Client(silence_s=config.upstream_silence_s)
         edge = EdgeClient(self._session, config.control_url, token, self.gateway_id)
@@ -122,6 +125,8 @@ class Gateway:
         await self._session.close()
         self._request_log.flush()
         self._metrics.fold()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         log.info("stopped")
 
     def _run(self, name: str, work: Coroutine[object, object, None]) -> None:
@@ -183,6 +188,8 @@ class Gateway:
         try:
             endpoint = _QUESTIONS.get(scope["path"])
             if endpoint is not None and scope["method"] == "POST":
+                if self._tracing is not None:
+                    reply.trace = self._tracing.begin(scope["path"], scope["headers"])
                 await self._question(endpoint, scope, receive, reply)
             else:
                 await self._other(scope, reply)
@@ -197,6 +204,8 @@ class Gateway:
         except Exception:
             log.exception("internal_error", extra={"request_id": reply.request_id})
             await reply.fail(ZenrayError("The gateway failed.", hint=f"Report the id {reply.request_id}."))
+        if reply.trace is not None:
+            reply.trace.end(reply.model, reply.status, reply.request_id)
         if scope["path"].startswith("/v1/"):
             self._metrics.request(reply.model, reply.status or 499, time.perf_counter() - reply.started_s)
 

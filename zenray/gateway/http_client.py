@@ -269,13 +269,17 @@ class Client:
         self._closed = False
         self._timer = self.loop.call_later(_SWEEP_INTERVAL_S, self._sweep)
 
-    async def post(self, url: str, path: str, *, bearer: str, request_id: str, body: bytes) -> Connection:
+    async def post(
+        self, url: str, path: str, *, bearer: str, request_id: str, body: bytes, traceparent: str | None = None
+    ) -> Connection:
         """Send JSON; the answer, begun. Its `release` must be called in the end.
 
         Raises Unreachable when nothing was sent, Lost when the connection broke, TimeoutError after the silence.
         """
         target = parse_target(url)
         head = _head(target, path, bearer)
+        if traceparent is not None:
+            head += b"traceparent: %b\r\n" % traceparent.encode("ascii")
         connection = self._kept(target) or await self._connect(target)
         self._busy.add(connection)
         try:

@@ -45,71 +45,43 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        registry = self._registry
-        self._requests = Counter(
-            "zenray_gateway_requests_total",
-            "Requests, by model and HTTP status.",
-            ("model", "status"),
-            registry=registry,
+        self._requests = self._counter("requests", "Requests, by model and HTTP status.", "status")
+        self._latency = self._histogram("latency", "From request to end of answer.")
+        self._ttft = self._histogram("ttft", "From request to first token of a stream.")
+        self._input = self._counter("input_tokens", "Input tokens billed.")
+        self._cached = self._counter(
+            "cached_input_tokens", "Those of the input tokens that an engine found in its cache."
         )
-        self._latency = Histogram(
-            "zenray_gateway_latency_seconds",
-            "From request to end of answer.",
-            _MODEL,
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._ttft = Histogram(
-            "zenray_gateway_ttft_seconds",
-            "From request to first token of a stream.",
-            _MODEL,
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._input = Counter("zenray_gateway_input_tokens_total", "Input tokens billed.", _MODEL, registry=registry)
-        self._cached = Counter(
-            "zenray_gateway_cached_input_tokens_total",
-            "Those of the input tokens that an engine found in its cache.",
-            _MODEL,
-            registry=registry,
-        )
-        self._output = Counter("zenray_gateway_output_tokens_total", "Output tokens billed.", _MODEL, registry=registry)
-        self._choices = Counter(
-            "zenray_gateway_replica_choices_total",
+        self._output = self._counter("output_tokens", "Output tokens billed.")
+        self._choices = self._counter(
+            "replica_choices",
             "Replicas chosen: known (has the prompt's beginning), moved (another has it, and is too busy), new "
             "(none has it), short (too short a prompt to matter), only (there was no choice).",
-            ("model", "why"),
-            registry=registry,
+            "why",
         )
-        self._failures = Counter(
-            "zenray_gateway_replica_failures_total",
-            "Replicas that did not answer: unreachable, lost, silent, busy.",
-            ("model", "how"),
-            registry=registry,
+        self._failures = self._counter(
+            "replica_failures", "Replicas that did not answer: unreachable, lost, silent, busy.", "how"
         )
-        self._canary = Counter(
-            "zenray_gateway_canary_requests_total",
-            "Requests that were drawn for a canary, by how they ended.",
-            ("model", "revision", "outcome"),
-            registry=registry,
+        self._canary = self._counter(
+            "canary_requests", "Requests that were drawn for a canary, by how they ended.", "revision", "outcome"
         )
-        self._outstanding = Gauge(
-            "zenray_gateway_outstanding",
-            "Choices asked of a model's replicas and not answered yet.",
-            _MODEL,
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self._suspects = self._gauge("zenray_gateway_suspects", "Replicas that failed within the last seconds.")
-        self._open = self._gauge("zenray_gateway_open_streams", "Choices being answered now.")
-        self._wal = self._gauge("zenray_gateway_wal_bytes", "Usage log on disk.")
-        self._unshipped = self._gauge("zenray_gateway_unshipped_events", "Usage events that control has not taken.")
+        self._outstanding = self._gauge("outstanding", "Choices asked of a model's replicas and not answered.", _MODEL)
+        self._suspects = self._gauge("suspects", "Replicas that failed within the last seconds.")
+        self._open = self._gauge("open_streams", "Choices being answered now.")
+        self._wal = self._gauge("wal_bytes", "Usage log on disk.")
+        self._unshipped = self._gauge("unshipped_events", "Usage events that control has not taken.")
         self._tallies: dict[str, _Tally] = {}
         self._unfolded = 0
         self._shown: set[str] = set()  # models whose outstanding requests were once told
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, registry=self._registry, multiprocess_mode="livesum")
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"zenray_gateway_{name}_total", text, (*_MODEL, *labels), registry=self._registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"zenray_gateway_{name}_seconds", text, _MODEL, registry=self._registry, buckets=_SECONDS)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"zenray_gateway_{name}", text, labels, registry=self._registry, multiprocess_mode="livesum")
 
     def request(self, model: str, status: int, latency_s: float) -> None:
         """One answered request. `model` is a model that exists, or empty: clients must not invent label values."""

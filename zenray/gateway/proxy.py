@@ -85,26 +85,7 @@ class Proxy:
             if disconnect.gone:
                 raise ClientGone from None
             raise
-        canary = self._upstream.draw_canary(route)
-        try:
-            charge = self._meter.open(
-                request_id=reply.request_id,
-                org=org,
-                key_id=key.entry.key_id,
-                user_id=key.entry.user_id,
-                model_asked=asked.model,
-                model_answered=asked.model,
-                adapter=None,
-                quantization=canary.quantization if canary else route.entry.quantization,
-                price=route.entry.price,
-                reserve_nano_usd=reserved_nano_usd,
-                choices=asked.choices,
-                prompts=asked.prompts,
-            )
-        except BaseException:
-            self._credit.settle(org, reserved_nano_usd, 0)
-            raise
-        bill = _Bill(charge, reserved_nano_usd, canary.revision if canary else None)
+        bill = self._open(asked, route, key, reserved_nano_usd, reply)
         try:
             route = await self._awake(asked, route, reply)
             body = admission.engine_body(asked, route, bounds, salt.cache_salt)
@@ -117,6 +98,7 @@ class Proxy:
                 # Organisations share no cache, by their salts.
                 prefix=lambda: name_blocks(f"{asked.model}:{org}", prompt_prefix(asked.body)),
                 canary=bill.canary,
+                trace=reply.trace,
             )
             await self._pass_on(asked, route, answer, bill, reply)
         except asyncio.CancelledError:
@@ -126,6 +108,31 @@ class Proxy:
             raise
         finally:
             self._close(asked, org, bill, reply)
+
+    def _open(self, asked: Asked, route: Route, key: Key, reserved_nano_usd: int, reply: Reply) -> _Bill:
+        """Record that the request begins. Raises MeterFull, and then nothing stays reserved."""
+        canary = self._upstream.draw_canary(route)
+        try:
+            charge = self._meter.open(
+                request_id=reply.request_id,
+                org=key.entry.org,
+                key_id=key.entry.key_id,
+                user_id=key.entry.user_id,
+                model_asked=asked.model,
+                model_answered=asked.model,
+                adapter=None,
+                quantization=canary.quantization if canary else route.entry.quantization,
+                price=route.entry.price,
+                reserve_nano_usd=reserved_nano_usd,
+                choices=asked.choices,
+                prompts=asked.prompts,
+            )
+        except BaseException:
+            self._credit.settle(key.entry.org, reserved_nano_usd, 0)
+            raise
+        if reply.trace is not None:
+            reply.trace.admitted()
+        return _Bill(charge, reserved_nano_usd, canary.revision if canary else None)
 
     def _check_parts(self, asked: Asked, route: Route, key: Key) -> None:
         if asked.endpoint is Endpoint.CHAT and any(
@@ -289,6 +296,8 @@ class Proxy:
             event = bill.charge.close(bill.outcome, None, bill.finish_reason)
         cost_nano_usd = bill.charge.cost_nano_usd
         self._credit.settle(org, bill.reserved_nano_usd, cost_nano_usd)
+        if reply.trace is not None:
+            reply.trace.closed(event)
         ttft_s = None if event.ttft_ms is None else event.ttft_ms / 1e3
         self._metrics.usage(asked.model, event.usage, ttft_s)
         if bill.canary is not None:

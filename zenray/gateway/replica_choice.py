@@ -26,7 +26,7 @@ _REPLICAS_PER_BLOCK = 4
 _LEAST_SHARE = 0.1  # of the prompt's blocks: less in common does not decide
 _NEAR = 1  # requests: a replica so much busier than the least busy one may become a prompt's home
 _HOME_BLOCKS = 16  # another replica must know so much more of a prompt than its home to be preferred
-_BLOCKS_PER_PATIENCE = 4
+_BLOCKS_PER_PATIENCE = 2
 _MOST_PATIENCE = 8  # requests
 _SPREAD_DEPTH = 4  # blocks: what requests that share a system prompt have in common, and most others have not
 
@@ -147,7 +147,7 @@ def choose(
 def slack(least: int, known: int = 0) -> int:
     """How much busier than the least busy replica one may be and still be preferred for the `known` blocks it has.
 
-    A request may wait behind one more for each 256 tokens that need not be computed, up to a bound.
+    A request may wait behind one more for each 128 tokens that need not be computed, up to a bound.
     """
     return max(2, least // 2) + min(_MOST_PATIENCE, known // _BLOCKS_PER_PATIENCE)
 

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from zenray.gateway.stream import DONE
+from zenray.gateway.tracing import RequestTrace
 from zenray.spec.errors import InvalidRequest, RequestTooLarge, ZenrayError
 
 Scope = MutableMapping[str, Any]
@@ -36,6 +37,7 @@ class Reply:
 
     __slots__ = (
         "_org", "_send", "_unsent", "_write", "finished", "model", "request_id", "started_s", "status", "streaming",
+        "trace",
     )  # fmt: skip
 
     def __init__(self, send: Send, request_id: str, write: Callable[[bytes], bool] | None = None) -> None:
@@ -46,6 +48,7 @@ class Reply:
         self.streaming = False
         self.finished = False
         self.model = ""  # once it is known to exist
+        self.trace: RequestTrace | None = None
         self._org: str | None = None
         self._send = send
         self._write = write

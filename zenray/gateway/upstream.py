@@ -15,6 +15,7 @@ from zenray.gateway.http_client import Client, Connection, Lost, Unreachable
 from zenray.gateway.metrics import Metrics
 from zenray.gateway.replica_choice import PrefixMemory, choose, home_key
 from zenray.gateway.snapshot import Directory, Route
+from zenray.gateway.tracing import RequestTrace
 from zenray.spec.clock import Clock
 from zenray.spec.edge import CanaryRoute, RouteState
 from zenray.spec.edge import Endpoint as Replica
@@ -100,6 +101,7 @@ class Upstream:
         work: int = 1,
         prefix: Callable[[], list[int]] | None = None,
         canary: str | None = None,
+        trace: RequestTrace | None = None,
     ) -> Answer:
         """Send to the replica that `choose` names; return when its answer has begun, whatever its status.
 
@@ -110,27 +112,21 @@ class Upstream:
         may be what kills them. Raises Unavailable (503) when none is left, UpstreamFailed (502) when it was lost.
         """
         tried: set[str] = set()
-        lost = False
-        busy = False
+        lost = busy = False
+        traceparent = trace.traceparent if trace is not None else None
         while True:
             route = self._directory.routes.get(model)
-            if route is None:
-                break
-            trial = route.entry.canary
-            if trial is not None and trial.revision == canary:
-                replica, engine_key = self._next(model, trial.endpoints, tried, prefix), trial.engine_key
-            else:
-                replica = None
-            if replica is None:
-                replica, engine_key = self._next(model, route.entry.endpoints, tried, prefix), route.entry.engine_key
+            replica, engine_key = self._pick(route, tried, prefix, canary) if route is not None else (None, "")
             if replica is None:
                 break
             tried.add(replica.replica_id)
             self.outstanding[replica.replica_id] = self.outstanding.get(replica.replica_id, 0) + work
             answered = False
+            if trace is not None:
+                trace.chosen(replica.replica_id)
             try:
                 response = await self._client.post(
-                    replica.url, path, bearer=engine_key, request_id=request_id, body=body
+                    replica.url, path, bearer=engine_key, request_id=request_id, body=body, traceparent=traceparent
                 )
                 if response.status == 503:
                     response.release()
@@ -138,6 +134,8 @@ class Upstream:
                     busy = True
                     continue
                 answered = True
+                if trace is not None:
+                    trace.begun()
                 return Answer(self, replica.replica_id, response, work)
             except (Unreachable, ValueError) as error:  # ValueError: its address is none
                 self._suspect(replica, model, "unreachable", error)
@@ -165,6 +163,17 @@ class Upstream:
             self.outstanding[replica_id] = left
         else:
             del self.outstanding[replica_id]
+
+    def _pick(
+        self, route: Route, tried: Collection[str], prefix: Callable[[], list[int]] | None, canary: str | None
+    ) -> tuple[Replica | None, str]:
+        """The replica to ask next, of the canary that was drawn or else of the route, and its key."""
+        entry, trial = route.entry, route.entry.canary
+        if trial is not None and trial.revision == canary:
+            replica = self._next(entry.model, trial.endpoints, tried, prefix)
+            if replica is not None:
+                return replica, trial.engine_key
+        return self._next(entry.model, entry.endpoints, tried, prefix), entry.engine_key
 
     def _next(
         self, model: str, replicas: Sequence[Replica], tried: Collection[str], prefix: Callable[[], list[int]] | None

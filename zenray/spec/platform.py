@@ -39,6 +39,10 @@ class GatewaySettings(Document):
         3600, gt=0, description="Cut off from control for longer, a gateway refuses requests."
     )
     ship_interval_s: float = Field(0.5, gt=0)
+    otlp_endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="An OpenTelemetry collector (OTLP over HTTP). None: no traces."
+    )
+    trace_share: float = Field(1, ge=0, le=1, description="Of the requests whose callers do not decide it.")
 
 
 class StorageSettings(Document):
