@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import Shard
 
-from zenray.model.feed_forward import MixtureOfExperts
 from zenray.training.expert_parallel import expert_banks
 from zenray.training.layout import expert_placement
 from zenray.training.loss import Objective
@@ -29,22 +30,16 @@ def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype, sizes: dict[str,
         return
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model = objective.model
-    cuts = {
-        weight: expert_placement(sizes[name], weight.shape[1], mesh)
-        for name, bank in expert_banks(model)
-        for weight in bank.parameters()
-    }
-    empty = {weight for weight in cuts if weight.shape[0] == 0}  # of a worker without experts: FSDP knows no such thing
+    replicas = FSDPMeshInfo(mesh.device_mesh["replica"], shard_mesh_dim=0) if mesh.expert_size > 1 else None
+    placed: dict[nn.Parameter, Shard | ShardPlacementResult] = {}
+    for name, bank in expert_banks(model):
+        for weight in bank.parameters():
+            placement = expert_placement(sizes[name], weight.shape[1], mesh)
+            placed[weight] = placement if replicas is None else ShardPlacementResult(placement, replicas)
+    empty = {weight for weight in placed if weight.shape[0] == 0}  # of a worker without experts: FSDP knows no such
     for layer in model.model.layers:
-        if isinstance(layer.mlp, MixtureOfExperts):
-            fully_shard(
-                layer.mlp.experts,
-                mesh=mesh.device_mesh["replica"],
-                shard_placement_fn=cuts.get,
-                mp_policy=precision,
-                ignored_params=empty,
-            )
-        fully_shard(layer, mesh=mesh.everyone, mp_policy=precision)
+        # One part with two groups of weights: a part within it would gather in the midst of what is recomputed.
+        fully_shard(layer, mesh=mesh.everyone, shard_placement_fn=placed.get, mp_policy=precision, ignored_params=empty)
     if not model.config.tie_word_embeddings:
         fully_shard(model.model.embed_tokens, mesh=mesh.everyone, mp_policy=precision)
     fully_shard(objective, mesh=mesh.everyone, mp_policy=precision)
@@ -58,17 +53,14 @@ def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype, sizes: dict[str,
 
 
 def _order_gathering(objective: Objective) -> None:
-    """In the backward pass, gather what comes next while a part computes, in an order that all workers share.
+    """In the backward pass, gather the layer before while a layer computes, in an order that all workers share.
 
-    FSDP's own order leaves out parts without weights: a worker without experts would gather a layer while the others
-    wait for it in an exchange of rows.
+    FSDP's own order goes by groups of weights: a worker without experts has fewer, and would wait elsewhere.
     """
     before: nn.Module = objective if objective.model.config.tie_word_embeddings else objective.model.model.embed_tokens
     for layer in objective.model.model.layers:
-        parts = [layer.mlp.experts] if isinstance(layer.mlp, MixtureOfExperts) else []
-        for part in (*parts, layer):
-            part.set_modules_to_backward_prefetch([before])
-            before = part
+        layer.set_modules_to_backward_prefetch([before])
+        before = layer
     objective.set_modules_to_backward_prefetch([before])
 
 
