@@ -51,6 +51,10 @@ OURS = Autoscaling(
 QUEUE_AND_CACHE = OURS.model_copy(update={"target_waiting_requests": 1.0, "target_kv_cache_use": 0.8})
 SIGNALS = QUEUE_AND_CACHE.model_copy(update={"target_ttft_p99_s": 2.0})
 FEWER_EACH = 5.0  # requests a replica with which Ray's policy costs about what all our signals cost
+RAYS, RAYS_ALIKE = "Ray's policy, Ray's delays", "Ray's policy, our delays"
+RAYS_FEWER = "Ray's policy, our delays, 5 requests each"
+OURS_QUEUE, OURS_FEWER = "ours, queue and cache too", "ours, queue and cache, 5 requests each"
+OURS_ALL = "ours, queue, cache, first tokens"
 
 
 @dataclass(frozen=True)
@@ -256,16 +260,20 @@ def contestants() -> dict[str, tuple[AutoscalingConfig, float | None]]:
     """Name → Ray's configuration, and the target for first tokens that replicas count against."""
     bounds = {"min_replicas": 1, "max_replicas": 40, "target_ongoing_requests": OURS.target_ongoing_requests}
     delays = {"upscale_delay_s": OURS.upscale_delay_s, "downscale_delay_s": OURS.downscale_delay_s}
-    ours = autoscaling_options(OURS)
-    look_back = {name: ours[name] for name in ("look_back_period_s", "metrics_interval_s")}
+    alike = delays | {name: autoscaling_options(OURS)[name] for name in ("look_back_period_s", "metrics_interval_s")}
     fewer = {"target_ongoing_requests": FEWER_EACH}
+
+    def ours(settings: Autoscaling) -> tuple[AutoscalingConfig, float | None]:
+        return AutoscalingConfig(**autoscaling_options(settings)), settings.target_ttft_p99_s
+
     return {
-        "Ray's policy, Ray's delays": (AutoscalingConfig(**bounds), None),
-        "Ray's policy, our delays": (AutoscalingConfig(**bounds, **delays, **look_back), None),
-        "the same, 5 requests each": (AutoscalingConfig(**bounds | fewer, **delays, **look_back), None),
-        "ours, requests alone": (AutoscalingConfig(**ours), None),
-        "ours, queue and cache too": (AutoscalingConfig(**autoscaling_options(QUEUE_AND_CACHE)), None),
-        "ours, all signals": (AutoscalingConfig(**autoscaling_options(SIGNALS)), SIGNALS.target_ttft_p99_s),
+        RAYS: (AutoscalingConfig(**bounds), None),
+        RAYS_ALIKE: (AutoscalingConfig(**bounds | alike), None),
+        RAYS_FEWER: (AutoscalingConfig(**bounds | alike | fewer), None),
+        "ours, requests alone": ours(OURS),
+        OURS_QUEUE: ours(QUEUE_AND_CACHE),
+        OURS_FEWER: ours(QUEUE_AND_CACHE.model_copy(update=fewer)),
+        OURS_ALL: ours(SIGNALS),
     }
 
 
@@ -296,12 +304,16 @@ def report(outcomes: dict[str, Outcome], hours: float) -> None:
         late = sum(wait_s > SIGNALS.target_ttft_p99_s - PREFILL_S for wait_s in waits_s) / len(waits_s)  # type: ignore[operator]
         cells = [outcome.replica_s / 3600, statistics.fmean(waits_s), percentile(waits_s, 0.99), max(waits_s)]
         rows.append([name, *cells, 100 * late, outcome.starts, outcome.turns])
-    first, same, fewer, _, _, ours = outcomes.values()
-
-    def against(other: Outcome) -> tuple[float, float]:
-        p99s = [percentile(outcome.waits_s, 0.99) for outcome in (ours, other)]
-        return ours.replica_s / other.replica_s, p99s[0] / p99s[1] if p99s[1] else math.inf
-
+    result: dict[str, float] = {}
+    for suffix, ours, rays_own in (
+        ("", OURS_ALL, RAYS),
+        ("_same_delays", OURS_QUEUE, RAYS_ALIKE),
+        ("_fewer_each", OURS_FEWER, RAYS_FEWER),
+    ):
+        mine, other = outcomes[ours], outcomes[rays_own]
+        p99_s = percentile(other.waits_s, 0.99)
+        result[f"cost_ratio{suffix}"] = round(mine.replica_s / other.replica_s, 4)
+        result[f"p99_wait_ratio{suffix}"] = round(percentile(mine.waits_s, 0.99) / p99_s, 4) if p99_s else math.inf
     columns = [
         "policy",
         "replica-hours",
@@ -312,23 +324,13 @@ def report(outcomes: dict[str, Outcome], hours: float) -> None:
         "starts",
         "turns",
     ]
-    cost, wait = against(first)
-    same_cost, same_wait = against(same)
-    fewer_cost, fewer_wait = against(fewer)
-    print_report(
-        f"{hours:g} hours, {len(first.waits_s):,} requests",
-        columns,
-        rows,
-        {
-            "cost_ratio": round(cost, 4),
-            "p99_wait_ratio": round(wait, 4),
-            "cost_ratio_same_delays": round(same_cost, 4),
-            "p99_wait_ratio_same_delays": round(same_wait, 4),
-            "cost_ratio_fewer_each": round(fewer_cost, 4),
-            "p99_wait_ratio_fewer_each": round(fewer_wait, 4),
-        },
-        notes=["Ratios: ours with all signals ÷ Ray's policy. Wait: until a place in a batch is found."],
-    )
+    notes = [
+        "Wait: until a place in a batch is found. Late: first tokens after more than 2 s. Turns: growing after "
+        "shrinking, or the reverse.",
+        f"Ratios: {OURS_ALL} ÷ {RAYS}; _same_delays: {OURS_QUEUE} ÷ {RAYS_ALIKE}; _fewer_each: {OURS_FEWER} ÷ "
+        f"{RAYS_FEWER}.",
+    ]
+    print_report(f"{hours:g} hours, {len(outcomes[RAYS].waits_s):,} requests", columns, rows, result, notes=notes)
 
 
 if __name__ == "__main__":
