@@ -23,7 +23,7 @@ from zenray.spec.training import DistillJob, PretrainJob, TrainingJob
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOG = Catalog.load()
-RECIPES = {"zen-14b": "a100-8", "zen-72b": "h100-64"}
+RECIPES = {"zen-14b": "a100-8", "zen-72b": "h100-64", "zen-480b": "h100-512"}
 COUNTED = [entry for entry in CATALOG if entry.variant_of is None and entry.dimensions]
 
 
@@ -122,6 +122,15 @@ def test_a_hint_to_take_more_workers_is_true_and_the_least() -> None:
         else:
             with pytest.raises(InvalidValue, match="does not fit"):
                 plan_training(asked, CATALOG, nodes)
+
+
+def test_an_early_stage_keeps_the_activations_of_more_passes() -> None:
+    stages = plan_training(recipe("zen-480b"), CATALOG).stages
+    kept = [stage.loss.activations for stage in stages]
+    assert len(stages) == 8 and kept == sorted(kept, reverse=True)
+    assert stages[0].loss.logits == 0 < stages[-1].loss.logits
+    with pytest.raises(ValueError, match="pipeline"):
+        job(workers={"count": 8, "expert_parallel": 1, "pipeline_parallel": 3})
 
 
 def test_passes_of_a_sharded_step_add_up_whole_gradients() -> None:

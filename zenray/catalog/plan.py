@@ -150,7 +150,7 @@ def _passes(job: TrainingJob, layout: TrainingLayout) -> int:
 def _stages(
     dimensions: ModelDimensions, layout: TrainingLayout, settings: Settings, teachers: Sequence[ModelDimensions]
 ) -> tuple[StepMemory, ...]:
-    """Of a worker of each pipeline stage. In the order 1F1B an early stage keeps more passes at once than a late one."""
+    """Of a worker of each pipeline stage. By 1F1B an early stage keeps more passes at once than a late one."""
     found, first = [], 0
     for stage, count in enumerate(stage_layers(dimensions.layers, layout.stages)):
         layers = range(first, first + count)
