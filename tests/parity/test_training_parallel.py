@@ -5,6 +5,9 @@ passes."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from zenray.training.checkpointing import difference, load, read_weight, save
 pytestmark = pytest.mark.parity
 
 RATIO = 1e-5
+HALF_RATIO = 5e-3  # bfloat16 has 8 bits, and adds up other parts of the batch on other layouts
 KEYS = [(name, world, layout) for world, some in LAYOUTS.items() for layout in some for name in cases_of(world, layout)]
 
 
@@ -33,6 +37,7 @@ def label(value: object) -> str:
     return f"ep{value[0]}{'-sharded' * value[1]}" if isinstance(value, tuple) else str(value)
 
 
+RanksOf = Callable[[str, int, Layout], list[Found]]
 every_layout = pytest.mark.parametrize(("name", "world", "layout"), KEYS, ids=label)
 
 
@@ -43,16 +48,20 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, chain: list[Path]) -> dict[tuple[str, int, Layout], list[Found]]:
+def ranks_of(tmp_path_factory: pytest.TempPathFactory, chain: list[Path]) -> RanksOf:
+    """What the ranks found in a case; all cases of a number of ranks are run at the first question."""
     folder = tmp_path_factory.mktemp("ranks")
-    results = {}
-    for world, made in ((1, ()), (2, chain[:2]), (4, chain[2:])):
+    made = {1: (), 2: chain[:2], 4: chain[2:]}
+
+    @cache
+    def run(world: int) -> dict[tuple[str, Layout], list[Found]]:
         if world == 4:
+            run(2)
             trainer = make_trainer(RESHARDED)
             save(trainer, load(trainer, chain[1]), chain[2])
-        ranks = spawn(world, folder / str(world), tuple(made))
-        results |= {(name, world, layout): one for (name, layout), one in ranks.items()}
-    return results
+        return spawn(world, folder / str(world), tuple(made[world]))
+
+    return lambda name, world, layout: run(world)[name, layout]
 
 
 @pytest.fixture(scope="module")
@@ -73,50 +82,67 @@ def whole(ranks: list[Found], what: str, name: str) -> torch.Tensor:
     return found
 
 
-def check_ratio(name: str, one: torch.Tensor, reference: torch.Tensor) -> None:
+def tolerance(name: str) -> float:
+    return HALF_RATIO if CASES[name].dtype == "bfloat16" else RATIO
+
+
+def check_ratio(name: str, one: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
     """⟨g, r⟩ / ⟨r, r⟩ = 1, which a wrong scale moves; and the difference is small, which a wrong direction moves."""
     one, reference = one.double(), reference.double()
     square = float((reference * reference).sum())
     if square == 0:
         assert not one.any(), f"{name} should be zero"
         return
-    assert float((one * reference).sum()) / square == pytest.approx(1, abs=RATIO), name
-    assert float((one - reference).norm()) / math.sqrt(square) < 1e-4, name
+    assert float((one * reference).sum()) / square == pytest.approx(1, abs=tolerance), name
+    assert float((one - reference).norm()) / math.sqrt(square) < 10 * tolerance, name
 
 
 @every_layout
-def test_outputs(found, alone, name: str, world: int, layout: Layout) -> None:
-    ranks = found[name, world, layout]
+def test_outputs(ranks_of: RanksOf, alone, name: str, world: int, layout: Layout) -> None:
+    ranks = ranks_of(name, world, layout)
     for number, reference in enumerate(alone[name].outputs):
         outputs = torch.cat([one.outputs[number] for one in ranks])
-        torch.testing.assert_close(outputs, reference, rtol=1e-4, atol=1e-5)
+        assert float((outputs - reference).norm() / reference.norm()) < 10 * tolerance(name)
+        if CASES[name].dtype == "float32":
+            torch.testing.assert_close(outputs, reference, rtol=1e-4, atol=1e-5)
 
 
 @every_layout
-def test_every_gradient(found, alone, name: str, world: int, layout: Layout) -> None:
+def test_every_gradient(ranks_of: RanksOf, alone, name: str, world: int, layout: Layout) -> None:
     reference = alone[name].gradients
-    assert all(one.gradients.keys() == reference.keys() for one in found[name, world, layout])
+    assert all(one.gradients.keys() == reference.keys() for one in ranks_of(name, world, layout))
     for parameter, gradient in reference.items():
-        check_ratio(parameter, whole(found[name, world, layout], "gradients", parameter), gradient.values)
+        check_ratio(
+            parameter, whole(ranks_of(name, world, layout), "gradients", parameter), gradient.values, tolerance(name)
+        )
 
 
 @every_layout
-def test_norms_and_losses(found, alone, name: str, world: int, layout: Layout) -> None:
-    for one in found[name, world, layout]:
-        assert one.norms == pytest.approx(alone[name].norms, rel=RATIO)
+def test_norms_and_losses(ranks_of: RanksOf, alone, name: str, world: int, layout: Layout) -> None:
+    for one in ranks_of(name, world, layout):
+        assert one.norms == pytest.approx(alone[name].norms, rel=tolerance(name))
         for value in ("loss", "lm_loss", "kl", "balance", "tokens", "entropy_ratios", "max_violations"):
-            assert getattr(one.report, value) == pytest.approx(getattr(alone[name].report, value), rel=RATIO), value
+            assert getattr(one.report, value) == pytest.approx(
+                getattr(alone[name].report, value), rel=tolerance(name)
+            ), value
 
 
 @every_layout
-def test_updated_weights_and_selection_biases(found, alone, name: str, world: int, layout: Layout) -> None:
-    ranks = found[name, world, layout]
+def test_updated_weights_and_selection_biases(ranks_of: RanksOf, alone, name: str, world: int, layout: Layout) -> None:
+    ranks = ranks_of(name, world, layout)
     # Adam divides by √v: where a gradient is nearly zero, its rounding moves the weight, by the learning rate at most.
-    tolerance = 1e-5 if CASES[name].optimizer == "sgd" else 2e-4
+    absolute = 2e-4 if CASES[name].optimizer == "adamw" else tolerance(name)
     for parameter, weight in alone[name].weights.items():
-        torch.testing.assert_close(whole(ranks, "weights", parameter), weight.values, rtol=0, atol=tolerance)
+        torch.testing.assert_close(whole(ranks, "weights", parameter), weight.values, rtol=0, atol=absolute)
     for one in ranks:
         assert all(torch.equal(*pair) for pair in zip(one.loads, alone[name].loads, strict=True))
+
+
+def test_what_is_recomputed_changes_nothing() -> None:
+    found = [run_case(replace(CASES["clipped diverse"], recompute=what)) for what in ("none", "selective", "full")]
+    for other in found[1:]:
+        for name, gradient in found[0].gradients.items():
+            assert torch.equal(gradient.values, other.gradients[name].values), name
 
 
 def test_the_cases_test_something(alone) -> None:
@@ -141,8 +167,9 @@ def test_the_cases_test_something(alone) -> None:
             assert all(same), parameter
 
 
-def test_a_checkpoint_does_not_know_its_layout(found, chain: list[Path]) -> None:
+def test_a_checkpoint_does_not_know_its_layout(ranks_of: RanksOf, chain: list[Path]) -> None:
     """FSDP 2 → EP 2 → one process → EP 4 → FSDP 4 × EP 2 → EP 2 → FSDP 4: weights and both moments, bit for bit."""
+    ranks_of("clipped diverse", 4, (2, True))
     for later in chain[1:]:
         assert difference(chain[0], later) == []
     trainer = make_trainer(RESHARDED)
@@ -153,7 +180,8 @@ def test_a_checkpoint_does_not_know_its_layout(found, chain: list[Path]) -> None
         assert torch.equal(read_weight(chain[4], one.name), one.master)
 
 
-def test_a_difference_is_found(found, chain: list[Path], tmp_path: Path) -> None:
+def test_a_difference_is_found(ranks_of: RanksOf, chain: list[Path], tmp_path: Path) -> None:
+    ranks_of("clipped diverse", 2, (2, True))
     trainer = make_trainer(RESHARDED)
     load(trainer, chain[0])
     state = trainer.optimizer.state[trainer.trainables[3].master]

@@ -59,6 +59,8 @@ class Case:
     empty: tuple[int, ...] = ()
     has_teacher: bool = False
     optimizer: str = "sgd"
+    dtype: str = "float32"
+    recompute: str = "full"
 
 
 UNCLIPPED = {"clip_norm": 1e9, "weight_decay": 0.0}
@@ -72,6 +74,9 @@ CASES = {
     "clipped diverse": Case(DIVERSE, CLIPPED),
     "one group learns": Case(BASE, ADAMW, train=("experts/code", "routers"), optimizer="adamw"),
     "adamw": Case(BASE, ADAMW, optimizer="adamw"),
+    "selective recomputation": Case(DIVERSE, CLIPPED, recompute="selective"),
+    "nothing recomputed": Case(BASE, UNCLIPPED, recompute="none"),
+    "half precision": Case(BASE, UNCLIPPED, dtype="bfloat16"),
 }
 LAYOUTS = {  # world: (expert_parallel, fully_sharded)
     1: ((1, True),),
@@ -82,10 +87,12 @@ Layout = tuple[int, bool]
 
 
 def cases_of(world: int, layout: Layout) -> list[str]:
-    """All on each number of ranks; on the less usual layouts those that differ most."""
-    if layout[1] and (world, layout) not in {(2, (2, True)), (4, (2, True))}:
-        return ["empty experts", "clipped diverse"]
-    return list(CASES)
+    """All on the layouts that differ most; on the others those cases that do."""
+    if (world, layout) in {(2, (2, False)), (2, (2, True))}:
+        return list(CASES)
+    if (world, layout) in {(4, (2, False)), (4, (2, True))}:
+        return [name for name, case in CASES.items() if case.recompute == "full"]
+    return ["empty experts", "clipped diverse", "one group learns"]
 
 
 @dataclass
@@ -117,6 +124,8 @@ def job_of(case: Case) -> TrainingJob:
         "data": {"sources": [{"domain": "prose", "builtin": "prose"}]},
         "steps": 4,
         "train": case.train,
+        "dtype": case.dtype,
+        "activation_checkpointing": case.recompute,
         "optimisation": {"warmup_steps": 0, "learning_rate": 0.1, **case.settings},
     }
     if case.has_teacher:
@@ -172,7 +181,11 @@ def run_case(case: Case, mesh: Mesh | None = None, rank: int = 0, world: int = 1
     return Found(
         outputs=outputs,
         gradients=_parts(trainer, {one.name: one.gradient for one in trainer.trainables}),
-        weights=_parts(trainer, {name: local_part(one) for name, one in trainer.model.named_parameters()}),
+        weights=_parts(
+            trainer,
+            {name: local_part(one) for name, one in trainer.model.named_parameters()}
+            | {one.name: one.master for one in trainer.trainables},
+        ),
         norms={"total": report.gradient_norm, **report.gradient_norms},
         report=report,
         loads=biases,

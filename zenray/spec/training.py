@@ -94,6 +94,9 @@ class Workers(Document):
         1, ge=1, description="Stages that share the layers; divides count, and the other axes what is left."
     )
     context_parallel: int = Field(1, ge=1, description="Workers of a stage that share each sequence.")
+    compiled: bool = Field(
+        False, description="torch.compile over every layer: a slow first step, then faster ones on most GPUs."
+    )
     gpu: bool = Field(False, description="One GPU for each worker, and NCCL; otherwise CPUs and gloo.")
     cpus: float = Field(1, gt=0, description="CPUs that Ray sets aside for each worker.")
     max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint; -1: without limit.")

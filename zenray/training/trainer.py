@@ -12,6 +12,7 @@ from zenray.model.balance import RouterStats
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import DistillJob, TrainingJob
+from zenray.training.compiling import compile_layers
 from zenray.training.data.stream import Batch
 from zenray.training.expert_parallel import parallelize
 from zenray.training.gradients import GradientNorms, clip_gradients, reduce_gradients
@@ -84,6 +85,8 @@ class Trainer:
         self.bank_sizes = bank_sizes(model)
         choose(model, job.train, self.bank_sizes, dtype)
         parallelize(model, self.mesh)
+        if job.workers.compiled:
+            compile_layers(model, job.activation_checkpointing)
         recompute(model, job.activation_checkpointing)
         self.objective = self._place(model, dtype, self.bank_sizes)
         self.trainables = trainables(model, self.mesh, job.train, self.bank_sizes, dtype)
