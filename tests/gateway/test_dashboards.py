@@ -14,10 +14,11 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from zenray.control.edge.routes import EdgeCounters
 from zenray.gateway.metrics import Metrics
+from zenray.serving.replica_metrics import ReplicaMetrics
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "grafana"
 FILES = sorted(FOLDER.glob("*.json"))
-_NAME = re.compile(r"\b(zenray_[a-z_]+|vllm:[a-z_]+)")
+_NAME = re.compile(r"\b(zenray_[a-z_]+|ray_zenray_[a-z_]+|vllm:[a-z_]+)")
 _SUFFIX = re.compile(r"_(bucket|sum|count|total)$")
 
 
@@ -27,10 +28,16 @@ def expressions(board: dict[str, Any]) -> list[str]:
 
 
 def ours() -> dict[str, set[str]]:
-    """Every metric of the gateway and of control, with its labels."""
+    """Every metric of the gateway, of control and of replicas (under Ray's name for it), with its labels."""
     holders = (Metrics(), EdgeCounters(CollectorRegistry()))
     metrics = [one for holder in holders for one in vars(holder).values() if isinstance(one, MetricWrapperBase)]
-    return {one._name: set(one._labelnames) for one in metrics}
+    gauges: dict[str, set[str]] = {}
+
+    def gauge(name: str, *, description: str, tag_keys: tuple[str, ...]) -> None:
+        gauges["ray_" + name] = set(tag_keys)
+
+    ReplicaMetrics("m", "1", "r", gauge)
+    return {one._name: set(one._labelnames) for one in metrics} | gauges
 
 
 def of_vllm() -> str:
