@@ -83,9 +83,9 @@ def decide(signals: Signals, targets: Targets, memory: Memory | None, now_s: flo
     memory = memory or Memory(begun_at_s=now_s)
     limit = memory.limit.now(now_s, targets.ongoing_requests) if memory.limit else None
     wanted = replicas_wanted(signals, targets, limit)
-    short_since_s = (
-        None if wanted <= signals.target else now_s if memory.short_since_s is None else memory.short_since_s
-    )
+    short_since_s: float | None = None
+    if wanted > signals.target:
+        short_since_s = now_s if memory.short_since_s is None else memory.short_since_s
     memory = replace(
         memory,
         short_since_s=short_since_s,
