@@ -110,6 +110,7 @@ def settings_of(job: TrainingJob, layout: TrainingLayout) -> Settings:
         sequence_tokens=job.data.sequence_tokens // layout.axes.context,
         passes=_passes(job, layout),
         gpu=job.workers.gpu,
+        moments_in_8_bits=job.optimisation.optimizer == "adamw-8bit",
     )
 
 

@@ -21,6 +21,7 @@ from zenray.spec.parallelism import Axes
 Part = Literal["dense", "routers", "experts"]
 Recomputed = Literal["none", "selective", "full"]
 BUCKET_BYTES = 64 << 20  # of gradients that are added up in one message (zenray.training.gradients)
+BLOCK = 256  # moments in 8 bits with a scale in float32 (zenray.training.optimizer)
 CHUNK_TOKENS = 1024  # whose logits are in memory at once (zenray.training.loss)
 
 
@@ -56,6 +57,7 @@ class Settings:
     sequence_tokens: int  # of this worker's part of each
     passes: int  # of one worker in a step: their gradients are added up
     gpu: bool
+    moments_in_8_bits: bool = False
 
     @property
     def item_bytes(self) -> int:
@@ -213,14 +215,16 @@ def _state(weights: Iterable[Weight], layout: TrainingLayout, settings: Settings
     """Bytes of weights (and masters), of the masters' gradients, of the network's own, and of moments. Exact."""
     sharded = layout.fully_sharded
     copied = settings.item_bytes if settings.half and not sharded else 0  # beside what is there in float32
-    learning = other = 0
+    learning = other = moments = 0
     for weight in weights:
         count = held(weight, layout, sharded=sharded)
-        if weight.part in settings.learning:
-            learning += count
-        else:
+        if weight.part not in settings.learning:
             other += count
-    return learning * (4 + copied) + other * settings.item_bytes, learning * 4, learning * copied, learning * 8
+            continue
+        learning += count
+        in_blocks = settings.moments_in_8_bits and len(weight.shape) > 1 and weight.shape[-1] % BLOCK == 0
+        moments += 2 * count + 8 * count // BLOCK if in_blocks else 8 * count
+    return learning * (4 + copied) + other * settings.item_bytes, learning * 4, learning * copied, moments
 
 
 def layer_activations(dimensions: ModelDimensions, layer: int, settings: Settings) -> int:
