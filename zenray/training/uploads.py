@@ -76,7 +76,7 @@ class RayRecorder:
     def _send(
         self, written: Future[None], sent: Future[RayCheckpoint], checkpoint: RayCheckpoint, name: str
     ) -> RayCheckpoint:
-        """In Ray's upload thread, one after the other."""
+        """In Ray's upload thread, one after the other. `sent` is told last, when nothing is left on the disk."""
         folder = Path(checkpoint.path)
         try:
             written.result()
@@ -84,14 +84,15 @@ class RayRecorder:
             filesystem, target = storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}"
             upload(folder, filesystem, target, patience_s=self._policy.upload_patience_s)
             done = RayCheckpoint(target, filesystem)
-            sent.set_result(done)
+            tell = partial(sent.set_result, done)
             return done
         except BaseException as error:
-            sent.set_exception(error)
+            tell = partial(sent.set_exception, error)
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             self._room.release()
+            tell()
 
 
 def upload(
