@@ -113,7 +113,7 @@ def ask_vllm(
 ) -> list[list[dict[str, Any]]]:
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     command = [sys.executable, "-m", "tests.contract.vllm_answers", str(tmp_path / "prompts.json"), json.dumps(engine)]
-    ran = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True, timeout=400)
+    ran = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr[-4000:]
     lines = [line.removeprefix("answers: ") for line in ran.stdout.splitlines() if line.startswith("answers: ")]
     return [json.loads(line) for line in lines]

@@ -13,7 +13,7 @@ JOB = Path(__file__).parents[2] / "jobs" / "upcycle-smollm2.yaml"
 
 
 def test_an_upcycled_model_is_published_deployed_and_answers(platform: TestPlatform) -> None:
-    platform.zenray("run", str(JOB))
+    platform.zenray("run", str(JOB), "--follow")
     spec = platform.home.root / "mode.yaml"
     spec.write_text(
         "model: smollm2-mode\n"  # its own format, through our vLLM model
