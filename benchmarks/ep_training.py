@@ -1,170 +1,172 @@
-"""Expert-parallel training on two processes of one thread against one process of two threads, same batch, same model.
+"""Expert-parallel training on two processes of one thread, against one process of two threads and against transformers.
 
     python -m benchmarks.ep_training [--quick]
 
-SmolLM2-135M upcycled to 4 experts, 2 for each token, in its last 6 layers; whole optimiser steps, float32, wall time,
-the two sides in turn, the median of several steps each. Both losses must agree, or the program fails. `ep2_ratio` is
-one process's time by that of two, above 1 where expert parallelism is faster.
+SmolLM2-135M upcycled to 4 experts, 2 for each token, in its last 6 layers; whole optimiser steps of two passes,
+float32, wall time. Every side is a program of its own that trains one step when it is told to; they take turns in
+every round, with the same weights and tokens, and their losses must agree, or the benchmark fails. `ep2_ratio` is one
+process's time by that of two, `vs_transformers_ratio` transformers' by ours: above 1 where ours is faster. transformers
+5.23 (its all-to-all expert parallelism beside FSDP2) is installed into an environment of its own below .zenray/bench,
+on this environment's torch, and left out with --quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import socket
 import statistics
+import subprocess
+import sys
+import sysconfig
 import tempfile
-import time
+import venv
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
+from benchmarks.ep_worker import LENGTH, network, peer_config
 from benchmarks.report import print_report
-from zenray.model.config import MoDEConfig, RopeParameters, RouterConfig, uniform_experts
-from zenray.model.network import MoDE
-from zenray.spec.training import PretrainJob
-from zenray.training.data.stream import Batch
-from zenray.training.mesh import Mesh
-from zenray.training.trainer import Trainer
 
-LENGTH = 256
 LAYERS = 30
+TRANSFORMERS = "5.23.0"
+PEER_HOME = Path(".zenray/bench/transformers")
+SEQUENCES, PASSES = 4, 2  # of a pass, over all processes; passes of a step
 
 
-def network(layers: int) -> MoDE:
-    torch.manual_seed(0)
-    return MoDE(
-        MoDEConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=layers,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            head_dim=64,
-            sparse_layers=tuple(range(layers - 6, layers)),
-            expert_groups=uniform_experts(4, 1536),
-            router=RouterConfig(experts_per_token=2),
-            rope_parameters=RopeParameters(rope_theta=100_000.0),
-            tie_word_embeddings=True,
-        )
-    )
+@dataclass
+class Side:
+    """Its processes, and what their first one said of each step."""
 
+    name: str
+    processes: list[subprocess.Popen[str]]
+    times_s: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
-def job(sequences: int, passes: int, workers: int) -> PretrainJob:
-    about: dict[str, Any] = {
-        "kind": "pretrain",
-        "name": "benchmark",
-        "base": {"model": "none"},
-        "into": {"model": "none", "version": "v1"},
-        "data": {"sources": [{"domain": "prose", "builtin": "prose"}]},
-        "steps": 100,
-        "sequences_per_step": sequences * passes,
-        "sequences_per_pass": sequences // workers,
-        "workers": {"count": workers, "expert_parallel": workers},
-        "activation_checkpointing": False,
-    }
-    return PretrainJob(**about)
+    def wait_until_ready(self) -> None:
+        for process in self.processes:
+            self._answer(process)
 
+    def step(self) -> None:
+        for process in self.processes:
+            _pipe(process.stdin).write("step\n")
+            _pipe(process.stdin).flush()
+        answers = [self._answer(process) for process in self.processes]
+        self.times_s.append(max(answer["time_s"] for answer in answers))
+        self.losses.append(answers[0]["loss"])
 
-def batch(sequences: int, number: int) -> Batch:
-    generator = torch.Generator().manual_seed(number)
-    ids_BS = torch.randint(0, 49152, (sequences, LENGTH + 1), generator=generator)
-    place = torch.arange(LENGTH).expand(sequences, LENGTH)
-    return Batch(ids_BS[:, :-1], ids_BS[:, 1:], place, torch.zeros_like(place))
+    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        line = _pipe(process.stdout).readline()
+        if not line:
+            raise RuntimeError(f"{self.name}: a process ended with status {process.wait()}")
+        return json.loads(line)
 
-
-def part(whole: Batch, rank: int, world: int) -> Batch:
-    return Batch(*(tensor.chunk(world)[rank] for tensor in vars(whole).values()))
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.times_s[1:])  # the first step warms up
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="8 layers, fewer steps")
-    options = parser.parse_args()
-    layers, rounds = (8, 3) if options.quick else (LAYERS, 5)
-    sequences, passes = 4, 2
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {"one process, 2 threads": (1, 2), "EP 2, 1 thread each": (2, 1)}
-        start = multiprocessing.get_context("spawn")
-        turns = {name: [start.Barrier(world + 1) for _ in range(2)] for name, (world, _) in sides.items()}
-        running = [
-            start.Process(
-                target=_rank_main,
-                args=(rank, world, threads, folder, name, turns[name], layers, sequences, passes, rounds),
-            )
-            for name, (world, threads) in sides.items()
-            for rank in range(world)
+    parser.add_argument("--quick", action="store_true", help="8 layers, fewer steps, without transformers")
+    quick = parser.parse_args().quick
+    layers, rounds = (8, 3) if quick else (LAYERS, 6)
+    why_not = "left out by --quick" if quick else install_transformers()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        write_inputs(folder, layers, rounds + 1)
+        ours = [sys.executable, "-m", "benchmarks.ep_worker", str(folder), str(layers), str(SEQUENCES), str(PASSES)]
+        sides = [
+            start(stack, "one process, 2 threads", ours, 1, 2),
+            start(stack, "EP 2, 1 thread each", ours, 2, 1),
+            start(stack, "EP 2, fully sharded", [*ours, "sharded"], 2, 1),
         ]
-        for process in running:
-            process.start()
-        for _ in range(rounds + 1):
-            for begin, end in turns.values():
-                begin.wait()
-                end.wait()
-        for process in running:
-            process.join()
-            assert process.exitcode == 0
-        found = {name: torch.load(_result(folder, name), weights_only=True) for name in sides}
-    losses = [one["losses"] for one in found.values()]
-    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4), losses
-    times = {name: statistics.median(one["times"][1:]) for name, one in found.items()}
-    tokens = sequences * passes * LENGTH
-    ratio = times["one process, 2 threads"] / times["EP 2, 1 thread each"]
+        if why_not is None:
+            script = str(Path(__file__).with_name("ep_peer.py"))
+            theirs = [str(PEER_HOME.absolute() / "bin/python"), script, str(folder)]
+            sides.append(start(stack, "transformers EP 2", theirs, 2, 1))
+        for side in sides:
+            side.wait_until_ready()
+        for number in range(rounds + 1):
+            for side in sides if number % 2 else sides[::-1]:
+                side.step()
+    report(sides, layers, why_not)
+
+
+def report(sides: list[Side], layers: int, why_not: str | None) -> None:
+    expected = torch.tensor(sides[0].losses)
+    for side in sides[1:]:
+        if not torch.allclose(torch.tensor(side.losses), expected, rtol=1e-3):
+            raise RuntimeError(f"{side.name} lost {side.losses}, {sides[0].name} {sides[0].losses}")
+    tokens = SEQUENCES * PASSES * LENGTH
+    times = {side.name: side.median_s for side in sides}
+    ours = min(times["EP 2, 1 thread each"], times["EP 2, fully sharded"])
+    theirs = times.get("transformers EP 2")
     print_report(
         f"One optimiser step, {tokens:,} tokens, {layers} layers",
-        ["side", "s / step", "tokens / s", "of it, gradients s"],
-        [
-            [name, time_s, tokens / time_s, statistics.median(found[name]["reduce"][1:])]
-            for name, time_s in times.items()
-        ],
-        {"ep2_ratio": round(ratio, 3)},
+        ["side", "s / step", "fastest s", "tokens / s"],
+        [[side.name, side.median_s, min(side.times_s), tokens / side.median_s] for side in sides],
+        {
+            "ep2_ratio": round(times["one process, 2 threads"] / times["EP 2, 1 thread each"], 3),
+            "ep2_sharded_ratio": round(times["one process, 2 threads"] / times["EP 2, fully sharded"], 3),
+            "vs_transformers_ratio": None if theirs is None else round(theirs / ours, 3),
+            "transformers": why_not or TRANSFORMERS,
+        },
     )
 
 
-def _result(folder: str, name: str) -> Path:
-    return Path(folder, f"{name.split(',')[0]}.pt")
+def write_inputs(folder: Path, layers: int, steps: int) -> None:
+    """The same weights and tokens for all sides."""
+    torch.save(network(layers).state_dict(), folder / "state.pt")
+    generator = torch.Generator().manual_seed(0)
+    shape = (steps, PASSES, SEQUENCES, LENGTH + 1)
+    torch.save(torch.randint(0, 49152, shape, generator=generator), folder / "batches.pt")
+    (folder / "config.json").write_text(json.dumps(peer_config(layers)))
 
 
-def _rank_main(
-    rank: int,
-    world: int,
-    threads: int,
-    folder: str,
-    name: str,
-    turns: Any,
-    layers: int,
-    sequences: int,
-    passes: int,
-    rounds: int,
-) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    trainer = Trainer(network(layers), job(sequences, passes, world), Mesh.create(world))
-    reduce_and_clip, reduced = trainer._reduce_and_clip, []
+def start(stack: ExitStack, name: str, command: list[str], world: int, threads: int) -> Side:
+    """Its processes, found by one another as torchrun's are; killed at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "OMP_NUM_THREADS": threads}
+        about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {**os.environ, **{key: str(value) for key, value in about.items()}}
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        stack.callback(process.kill)
+        processes.append(process)
+    return Side(name, processes)
 
-    def timed():  # type: ignore[no-untyped-def]
-        started = time.perf_counter()
-        norms = reduce_and_clip()
-        reduced.append(time.perf_counter() - started)
-        return norms
 
-    trainer._reduce_and_clip = timed  # type: ignore[method-assign]
-    times, losses = [], []
-    for step in range(rounds + 1):
-        batches = [part(batch(sequences, step * passes + number), rank, world) for number in range(passes)]
-        turns[0].wait()
-        started = time.perf_counter()
-        losses.append(trainer.step(step, batches).loss)
-        times.append(time.perf_counter() - started)
-        turns[1].wait()
-    if rank == 0:
-        torch.save({"times": times, "losses": losses, "reduce": reduced}, _result(folder, name))
+def install_transformers() -> str | None:
+    """Install once; why it could not be, or None. Everything but transformers itself is this environment's."""
+    done = PEER_HOME / f"installed-{TRANSFORMERS}"
+    if done.exists():
+        return None
+    venv.create(PEER_HOME, with_pip=False)
+    packages = next(PEER_HOME.glob("lib/python*/site-packages"))
+    (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")  # read after its own
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+    try:
+        command += ["--target", str(packages), f"transformers=={TRANSFORMERS}"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        return error.stderr[-300:]
+    done.touch()
+    return None
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
 
 
 if __name__ == "__main__":

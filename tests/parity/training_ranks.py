@@ -15,6 +15,7 @@ from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
 from zenray.model.network import MoDE
 from zenray.model.router import TokenChoiceRouter
 from zenray.spec.training import DistillJob, PretrainJob, TrainingJob
+from zenray.training import gradients
 from zenray.training.checkpointing import load, save
 from zenray.training.data.stream import Batch, pack
 from zenray.training.layout import layouts_of, local_part
@@ -213,6 +214,7 @@ def _rank_main(rank: int, world: int, folder: str, chain: tuple[str, ...]) -> No
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    gradients.LARGE_BYTES = 2000  # some gradients are reduced alone, some in buckets
     found = {}
     for layout in LAYOUTS[world]:
         mesh = Mesh.create(layout[0], fully_sharded=layout[1])

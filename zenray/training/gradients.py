@@ -20,6 +20,7 @@ from zenray.training.mesh import Mesh, sum_of
 from zenray.training.trainable import Kind, Trainable
 
 BUCKET_BYTES = 64 << 20
+LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ def reduce_gradients(trainables: Sequence[Trainable], mesh: Mesh) -> None:
 
 
 def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    """In buckets: few large messages."""
+    """Large ones where they lie, small ones in buckets: few messages, and few copies."""
+    small = [gradient for gradient in gradients if gradient.nbytes < LARGE_BYTES]
+    for gradient in gradients:
+        if gradient.nbytes >= LARGE_BYTES:
+            dist.all_reduce(gradient, group=group)
     bucket: list[Tensor] = []
-    for index, gradient in enumerate(gradients):
+    for index, gradient in enumerate(small):
         bucket.append(gradient)
-        if index + 1 < len(gradients) and sum(one.nbytes for one in bucket) < BUCKET_BYTES:
+        if index + 1 < len(small) and sum(one.nbytes for one in bucket) < BUCKET_BYTES:
             continue
         flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat, group=group)
@@ -86,8 +91,9 @@ def clip_gradients(
     whole = min(1.0, clip_norm / (total + 1e-6))
     for one in trainables:
         if one.bank is not None:
-            mine_F = scales[one.bank.layer][one.bank.mine] * whole
-            one.gradient.mul_(mine_F.to(one.gradient.dtype)[:, None, None])
+            if whole < 1 or expert_clip_norm is not None:
+                mine_F = scales[one.bank.layer][one.bank.mine] * whole
+                one.gradient.mul_(mine_F.to(one.gradient.dtype)[:, None, None])
         elif whole < 1:
             one.gradient.mul_(whole)
     return GradientNorms(
