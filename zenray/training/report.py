@@ -108,6 +108,7 @@ def _routing(steps: Sequence[Step]) -> list[tuple[str, str]]:
         grid = [[*(share * len(load) for share in load), *[gap] * (experts - len(load))] for load in step.loads]
         figure, axes = _axes("sparse layer")
         picture = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, most))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("expert")
         figure.colorbar(picture, label="load / mean load")
         found.append((f"Routing {name}", _png(figure)))
@@ -118,10 +119,12 @@ def _axes(label: str) -> tuple[Any, Any]:
     """A figure of its own: pyplot's register of figures would keep it alive, and looks for a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     return figure, axes
