@@ -98,6 +98,8 @@ def _entropy(steps: Sequence[Step]) -> tuple[str, str]:
 
 def _routing(steps: Sequence[Step]) -> list[tuple[str, str]]:
     """Heat maps of the load per layer and expert, first and last, where experts of all layers are as many."""
+    from matplotlib.ticker import MaxNLocator
+
     found = []
     for name, step in (("in the first step", steps[0]), ("in the last step", steps[-1])):
         if not step.loads:
