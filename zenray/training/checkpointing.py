@@ -77,19 +77,35 @@ def read_weight(folder: Path, name: str) -> Tensor:
 def difference(one: Path, other: Path) -> list[str]:
     """Names of tensors that two checkpoints do not share bit for bit; [] when they are the same state."""
     contents = [FileSystemReader(folder).read_metadata().state_dict_metadata for folder in (one, other)]
-    found = sorted(contents[0].keys() ^ contents[1].keys())
-    for name in sorted(contents[0].keys() & contents[1].keys()):
-        pair = []
-        for folder, metadata in zip((one, other), contents, strict=True):
-            about = metadata[name]
-            assert isinstance(about, TensorStorageMetadata)
-            whole = torch.empty(about.size, dtype=about.properties.dtype)
-            with _quiet():
-                dcp.load({name: whole}, checkpoint_id=folder, no_dist=True)
-            pair.append(whole)
-        if pair[0].dtype != pair[1].dtype or not torch.equal(*pair):
-            found.append(name)
-    return found
+    found = contents[0].keys() ^ contents[1].keys()
+    for names in _batches(contents[0], sorted(contents[0].keys() & contents[1].keys())):
+        pair = [_read_tensors(folder, metadata, names) for folder, metadata in zip((one, other), contents, strict=True)]
+        for name in names:
+            ours, theirs = (tensors[name] for tensors in pair)
+            if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+                found.add(name)
+    return sorted(found)
+
+
+def _batches(metadata: dict[str, Any], names: list[str]) -> Iterator[list[str]]:
+    """Names of tensors that are not too much at once."""
+    batch: list[str] = []
+    held_bytes = 0
+    for name in names:
+        batch.append(name)
+        held_bytes += metadata[name].size.numel() * metadata[name].properties.dtype.itemsize
+        if held_bytes > 256 << 20:
+            yield batch
+            batch, held_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _read_tensors(folder: Path, metadata: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    tensors = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
+    with _quiet():
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
 
 
 @contextmanager
