@@ -130,7 +130,7 @@ class TestOneReplica:
             assert time.monotonic() < deadline, shown()
             time.sleep(0.5)
         assert any('model_name="path"' in line and "engine" in line for line in shown())
-        token = {"authorization": f"Bearer {ray_session.addresses.token}"}
+        token = {"authorization": f"Bearer {ray_session.addresses.token()}"}
         page = httpx.get(f"{ray_session.addresses.dashboard_url}/api/serve/applications/", headers=token).json()
         assert list(page["applications"][app.name]["deployments"]) == ["path"]
         assert app.name.startswith("path--v1--")

@@ -25,6 +25,8 @@ from zenray.storage.versions import publish
 
 REAL = "smollm2-135m"
 SCRIPTED = "scripted-tiny"
+ELASTIC = "scripted-elastic"  # in the catalog and in the store, for tests that deploy it as they need it
+ELASTIC_TOKENS = {"v1": 16, "v2": 24}  # how many tokens an answer of each version has
 TAP = Path(__file__).parent / "tap"
 
 PLATFORM = f"""
@@ -43,8 +45,8 @@ deployments:
     graceful_shutdown_timeout_s: 5
 """
 
-SCRIPTED_MODEL = f"""
-name: {SCRIPTED}
+SCRIPTED_MODEL = """
+name: {name}
 family: scripted
 summary: Answers by a script, for tests.
 parameters: {{total: 1000000, active: 1000000}}
@@ -74,12 +76,14 @@ class TestPlatform:
         root = self.home.root
         self.file.write_text(PLATFORM)
         self.home.user_catalog.mkdir(parents=True)
-        (self.home.user_catalog / "scripted.yaml").write_text(SCRIPTED_MODEL)
-        folder = root / "scripted"
-        folder.mkdir()
-        (folder / "script.json").write_text('{"tokens": 16}')
         store = open_store(StorageSettings(uri=f"file:{root / 'store'}"))
-        publish(store, VersionRef(model=SCRIPTED, version="v1"), folder)
+        for name, versions in ((SCRIPTED, {"v1": 16}), (ELASTIC, ELASTIC_TOKENS)):
+            (self.home.user_catalog / f"{name}.yaml").write_text(SCRIPTED_MODEL.format(name=name))
+            for version, tokens in versions.items():
+                folder = root / "scripted" / name / version
+                folder.mkdir(parents=True)
+                (folder / "script.json").write_text(json.dumps({"tokens": tokens}))
+                publish(store, VersionRef(model=name, version=version), folder)
 
     def zenray(self, *arguments: str, check: bool = True, timeout_s: float = 400) -> str:
         """Run the command as a user would; its output, both streams."""
