@@ -26,7 +26,7 @@ from tests.parity.training_ranks import (
 )
 from zenray.training.checkpointing import difference, load, read_weight, save
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.timeout(900)]  # the first question to four ranks runs all their cases
 
 RATIO = 1e-5
 HALF_RATIO = 5e-3  # bfloat16 has 8 bits, and adds up other parts of the batch on other layouts
