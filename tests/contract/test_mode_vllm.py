@@ -149,14 +149,15 @@ def test_vllm_answers_as_our_own_network_does(tmp_path: Path) -> None:
     "engine",
     [
         {"tensor_parallel_size": 2},
-        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-        {"tensor_parallel_size": 4, "enable_expert_parallel": True},  # more ranks than key/value heads; uneven experts
-        {"pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 4},  # more ranks than key/value heads
     ],
     ids=json.dumps,
 )
 def test_ranks_that_share_a_model_answer_as_one(engine: dict[str, Any], tmp_path: Path) -> None:
-    """Processes with a part of the weights each, that speak over gloo; all that can be sharded is in these two."""
+    """Processes with a part of the weights each, that speak over gloo; all that can be sharded is in these two.
+
+    Not expert parallel: vLLM's CPU kernel ignores which experts a rank has, and dies (docs/gpu-checklist.md).
+    """
     cases = {case: config for case, config in CASES.items() if case.startswith(("thresholds", "selection bias"))}
     cases = {case: replace(config, tie_word_embeddings=config.attention_bias) for case, config in cases.items()}
     folders = [tmp_path / str(index) for index in range(len(cases))]
