@@ -103,7 +103,7 @@ def clip_gradients(
     )
 
 
-def _squares(trainables: Sequence[Trainable], mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _squares(trainables: Sequence[Trainable], mesh: Mesh) -> tuple[dict[str, Tensor], dict[Kind, Tensor]]:
     """‖g‖² of every expert of every bank, and of all dense parameters and all routers; double, the same on all workers.
 
     An expert's is the sum over those that hold parts of it. A sum with zeros is exact, so the layout does not show.

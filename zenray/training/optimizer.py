@@ -86,7 +86,7 @@ class BlockwiseAdamW:
 
     def make(self, groups: list[dict[str, Any]], settings: Optimisation) -> Optimizer:
         try:
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes.optim.adamw import AdamW8bit
         except ImportError as error:
             raise InvalidValue(
                 f"adamw-8bit needs bitsandbytes, which cannot be loaded here: {error}.",

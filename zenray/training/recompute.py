@@ -1,8 +1,8 @@
 """Activation checkpointing: what a layer's forward pass throws away and the backward pass computes again.
 
 full        all of a layer but its input (arXiv 1604.06174)
-selective   what is cheap: norms, activations, rows put in order; results of matrix products, attention and
-            exchanges between workers are kept
+selective   norms, activations, rows put in order, exchanges between workers (which write in place, so that
+            torch cannot keep them); results of matrix products and of attention are kept
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _policy(context: Any, operation: Any, *inputs: Any, **_: Any) -> CheckpointP
 @cache
 def _kept() -> set[Any]:
     """Operations that cost more than the memory of their result."""
-    aten, collectives = torch.ops.aten, torch.ops._c10d_functional
+    aten = torch.ops.aten
     found = {
         aten.mm.default,
         aten.addmm.default,
@@ -61,8 +61,6 @@ def _kept() -> set[Any]:
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
-        collectives.all_to_all_single.default,
-        collectives.wait_tensor.default,
     }
     if torch.backends.mkldnn.is_available():
         found.add(torch.ops.mkldnn._linear_pointwise.default)
