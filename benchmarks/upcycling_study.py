@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -507,9 +507,10 @@ def draw(sizes: Sizes, done: dict[str, dict[str, Any]], path: Path) -> None:
             x = [step * each for step, _ in lines[0]["curve"]]
             y = [[loss for _, loss in line["curve"]] for line in lines]
             label = f"{method}, with the parent's FLOPs" if "with" in budget else method
-            (drawn,) = axes.plot(x, [mean(at) for at in zip(*y, strict=True)], label=label)
+            colour = f"C{get_args(Method).index(method)}" if "with" not in budget else "C6"
+            axes.plot(x, [mean(at) for at in zip(*y, strict=True)], label=label, color=colour)
             lowest, highest = zip(*((min(at), max(at)) for at in zip(*y, strict=True)), strict=True)
-            axes.fill_between(x, lowest, highest, alpha=0.2, color=drawn.get_color())
+            axes.fill_between(x, lowest, highest, alpha=0.2, color=colour)
         axes.set_xlabel(f"{'training FLOPs' if unit == 'flops' else 'tokens'} after the parent")
         axes.legend()
     parents = [line["loss"] for line in done.values() if line["method"] == "parent"]
