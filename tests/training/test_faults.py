@@ -15,12 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.training.tiny import FolderRecorder, job, write_text, write_version
+from tests.training.tiny import FolderRecorder, job
 from zenray.spec.errors import StorageUnavailable
 from zenray.spec.training import Faults, TrainingJob
 from zenray.training import notice
 from zenray.training.checkpointing import difference
-from zenray.training.data.tokens import prepare
 from zenray.training.faults import data_step, decide, divergence, in_a_row, taken_losses
 from zenray.training.loop import Outcome, TrainingSet, read_history, train
 from zenray.training.networks import Checkpoint
@@ -129,22 +128,6 @@ def test_data_after_rollbacks_is_data_that_was_never_read(backs, index) -> None:
         history.append({"event": "rolled_back", "step": checkpoint, "from": bad})
         assert data_step(history, checkpoint) == read + 1
     assert data_step(history, index + 1) == data_step(history, index) + 1
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(write_version(tmp_path_factory.mktemp("base") / "v0"))
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory, text: dict[str, Path], base: Checkpoint):
-    data = job(text).data
-    return prepare(data, base.tokenizer_file, base.end_token, 0, tmp_path_factory.mktemp("tokens"))
 
 
 class Poisoned(TrainingSet):

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.tiny import CONFIG, FolderRecorder, job, write_text, write_version
+from tests.training.tiny import CONFIG, FolderRecorder, job, write_version
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import PretrainJob, TrainingJob
 from zenray.training.checkpointing import difference
-from zenray.training.data.tokens import prepare
 from zenray.training.loop import Outcome, TrainingSet, read_history, train
 from zenray.training.networks import Checkpoint
 from zenray.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(write_version(tmp_path_factory.mktemp("base") / "v0"))
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory, text: dict[str, Path], base: Checkpoint):
-    data = job(text).data
-    return prepare(data, base.tokenizer_file, base.end_token, 0, tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture
