@@ -42,6 +42,7 @@ class Load:
                 model=self.model,
                 messages=[{"role": "user", "content": self.prompt}],
                 max_tokens=self.max_tokens or openai.NOT_GIVEN,
+                temperature=0,  # a sampled answer may end early
                 stream=True,
                 stream_options={"include_usage": True},
             )
