@@ -113,7 +113,7 @@ class TestPlatform:
             control.post(f"/admin/orgs/{name}/credits", {"amount_usd": usd})
         key = control.post("/admin/keys", {"org": name, "scopes": list(scopes)})["key"]
         client = openai.OpenAI(base_url=f"{self.home.running().gateway_url}/v1", api_key=key, max_retries=0, timeout=60)
-        wait_until(lambda: _knows(client), "the gateway knows the new key", 5)
+        wait_until(lambda: _knows(client), "the gateway knows the new key", 60)
         return client
 
     def kill(self, part: str) -> None:

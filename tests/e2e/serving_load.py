@@ -92,7 +92,7 @@ def endpoints(platform: TestPlatform, model: str) -> list[str]:
     return found
 
 
-def wait_for_replicas(platform: TestPlatform, model: str, count: int, within_s: float = 90) -> list[str]:
+def wait_for_replicas(platform: TestPlatform, model: str, count: int, within_s: float = 180) -> list[str]:
     return wait_until(
         lambda: [found] if len(found := endpoints(platform, model)) == count else None,
         f"{model} has {count} replicas; it has {len(endpoints(platform, model))}",
@@ -100,7 +100,7 @@ def wait_for_replicas(platform: TestPlatform, model: str, count: int, within_s: 
     )[0]
 
 
-def wait_for_answers(load: Load, more: int, within_s: float = 60) -> None:
+def wait_for_answers(load: Load, more: int, within_s: float = 180) -> None:
     """Until so many more requests have come to their end."""
     enough = len(load.answers) + more
     condition: Callable[[], bool] = lambda: len(load.answers) >= enough  # noqa: E731

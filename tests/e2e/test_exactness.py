@@ -86,8 +86,8 @@ def check_books(platform: TestPlatform, org: str, least_requests: int) -> dict[s
         time.sleep(2.5)  # longer than the gateway's shipping interval, and than a restart
         return first if first and len(first) == len(platform.rows(sql, org)) else []
 
-    wait_until(lambda: _healthy(platform), "all parts are up again", 30)
-    events = wait_until(settled, "the ledger has settled", 40)
+    wait_until(lambda: _healthy(platform), "all parts are up again", 120)
+    events = wait_until(settled, "the ledger has settled", 120)
     tap = read_tap(platform.tap_file)
     by_request = {str(event["request_id"]): event for event in events}
     assert len(by_request) == len(events), "no request is billed twice"

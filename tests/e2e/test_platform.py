@@ -59,7 +59,7 @@ def test_an_answer_is_billed_to_the_nano_dollar(platform: TestPlatform) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     usages = [whole.usage, chunks[-1].usage]
     sql = "SELECT * FROM usage_events WHERE org = 'billing' ORDER BY at"
-    rows = wait_until(lambda: len(found := platform.rows(sql)) == 2 and found, "both events in the ledger", 10)
+    rows = wait_until(lambda: len(found := platform.rows(sql)) == 2 and found, "both events in the ledger", 60)
     for row, usage in zip(rows, usages, strict=True):
         assert usage is not None
         assert (row["input_tokens"], row["output_tokens"]) == (usage.prompt_tokens, usage.completion_tokens)
