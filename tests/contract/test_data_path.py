@@ -155,7 +155,7 @@ class TestOneReplica:
                 status = harness.cluster.serve_status()
                 urls = list(status.applications[app.name].replica_urls.values()) or [f"{status.proxy_url}{prefix}"]
                 try:
-                    answer = httpx.post(f"{urls[0]}/v1/chat/completions", json=body, headers=AUTHORIZED, timeout=60)
+                    answer = httpx.post(f"{urls[0]}/v1/chat/completions", json=body, headers=AUTHORIZED, timeout=120)
                     statuses.add(answer.status_code)
                 except httpx.TransportError:
                     if statuses:  # under load no replica may drop a request; before, it may just have fallen asleep
@@ -237,7 +237,7 @@ class TestTheEndOfAnApplication:
             asked = pool.submit(ask)
             assert begun.wait(5)
             harness.cluster.apply([])
-            assert asked.result(timeout=15).endswith("data: [DONE]")
+            assert asked.result(timeout=60).endswith("data: [DONE]")
         harness.until(lambda status: not status.applications)
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", httpx.URL(url).port or 0)) != 0

@@ -41,7 +41,7 @@ def home() -> Iterator[Path]:
 
 
 def record_of(home: Path) -> SessionRecord:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (record := SessionRecord.read(home / "ray.json")) is None or len(record.processes()) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -65,7 +65,7 @@ def test_a_killed_supervisor_leaves_nothing_to_the_next_start(home: Path) -> Non
     assert (home / "ray.token").stat().st_mode & 0o077 == 0
 
     os.kill(second.sid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while second.leader_lives() and time.monotonic() < deadline:
         time.sleep(0.1)
     with pytest.raises(ClusterUnavailable, match="Ray is not running"):
