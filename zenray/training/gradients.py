@@ -44,13 +44,13 @@ def reduce_gradients(trainables: Sequence[Trainable], mesh: Mesh) -> None:
             one.master.grad = torch.zeros_like(one.master)
         if one.bank is not None and one.bank.frozen:
             one.gradient[list(one.bank.frozen)] = 0
-    if mesh.world == 1 or mesh.fully_sharded:
+    if mesh.of_stage == 1 or mesh.fully_sharded:
         return
     groups: dict[bool, list[Tensor]] = defaultdict(list)
     for one in trainables:
         groups[one.kind == "expert"].append(one.gradient)
-    _all_reduce(groups[False], None)
-    if mesh.world > mesh.expert_size:
+    _all_reduce(groups[False], mesh.stage_group)
+    if mesh.of_stage > mesh.expert_size:
         _all_reduce(groups[True], mesh.replica_group)
 
 

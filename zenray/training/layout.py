@@ -58,7 +58,7 @@ def expert_placement(experts: int, rows: int, mesh: Mesh) -> Shard:
     By experts where a worker has at least one for each replica, else through each expert's rows, where these divide
     (as in torchtitan). The same for all workers.
     """
-    replicas = mesh.world // mesh.expert_size
+    replicas = mesh.of_stage // mesh.expert_size
     of_worker = -(-experts // mesh.expert_size)
     return Shard(1) if of_worker < replicas and rows % replicas == 0 else Shard(0)
 
@@ -72,7 +72,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def _layout(name: str, tensor: Tensor, mesh: Mesh, sizes: dict[str, int]) -> Layout:
     """A bank's experts are cut over their group first, then over its replicas."""
     experts = sizes.get(name.rpartition(".")[0])
-    if experts is not None and mesh.device_mesh is not None and mesh.world > 1:
+    if experts is not None and mesh.device_mesh is not None and mesh.of_stage > 1:
         over_replicas = expert_placement(experts, tensor.shape[1], mesh) if mesh.fully_sharded else Replicate()
         return Layout(torch.Size((experts, *tensor.shape[1:])), mesh.device_mesh, (Shard(0), over_replicas))
     if isinstance(tensor, DTensor):

@@ -44,7 +44,7 @@ class StepRouting:
     def finish(self, model: MoDE) -> None:
         """Let the routers learn what they learn without gradients. Once, after the optimiser's step."""
         if self._totals:
-            parts = self._passes * self._mesh.world
+            parts = self._passes * self._mesh.of_stage
             means = [{name: getattr(layer, name) for name in _MEANS} for layer in self._totals]
             taken = [{name: value / parts for name, value in one.items() if value is not None} for one in means]
             totals = [layer._replace(**mean) for layer, mean in zip(self._totals, taken, strict=True)]
@@ -61,10 +61,10 @@ class StepRouting:
 
     def _over_workers(self, stats: list[RouterStats]) -> list[RouterStats]:
         """Sums over all workers in value; gradients reach this worker's part only."""
-        if self._mesh.world == 1:
+        if self._mesh.of_stage == 1:
             return stats
         values = [value for layer in stats for value in layer if value is not None]
-        summed = self._mesh.add_up(torch.cat([value.detach().reshape(-1) for value in values]))
+        summed = self._mesh.add_up_stage(torch.cat([value.detach().reshape(-1) for value in values]))
         parts = iter(summed.split([value.numel() for value in values]))
         # total + (mine − mine): exactly the total, with the gradient of mine.
         return [_each(layer, lambda mine: next(parts).view_as(mine) + (mine - mine.detach())) for layer in stats]
