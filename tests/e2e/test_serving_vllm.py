@@ -18,6 +18,7 @@ JOB = Path(__file__).parents[2] / "jobs" / "upcycle-smollm2.yaml"
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 16, "kv_cache_bytes": 268435456}
 AS_IT_WAS = {"engine": ENGINE, "autoscaling": {"min_replicas": 1, "max_replicas": 1}, "graceful_shutdown_timeout_s": 5}
 PROMPT = "Count from one to twenty."
+MIXTURE = "smollm2-mode"  # what JOB makes
 
 
 @pytest.fixture
@@ -91,14 +92,22 @@ def test_a_revision_is_rolled_on_vllm_without_a_failed_request(restored: TestPla
 
 @pytest.mark.nightly
 def test_a_dense_size_and_its_mixture_are_up_at_once(platform: TestPlatform) -> None:
-    platform.zenray("run", str(JOB), timeout_s=600)
+    """Two real sizes, asked at once: each answers as long as it does alone, and is billed for that."""
+    platform.zenray("run", str(JOB), "--follow")
     mixture = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "kv_cache_bytes": 134217728}
-    deploy(platform, model="smollm2-mode", engine=mixture)
+    deploy(platform, model=MIXTURE, engine=mixture)
     client = platform.customer("sizes")
-    loads = [Load(client, model, PROMPT, max_tokens=16) for model in (REAL, "smollm2-mode")]
-    with ThreadPoolExecutor(4) as pool:
-        for asked in [pool.submit(load.ask) for load in loads for _ in range(4)]:
+    loads = [Load(client, model, PROMPT, max_tokens=16) for model in (REAL, MIXTURE)]
+    alone = [load.ask() for load in loads]
+    assert all(asked.error is None and 0 < asked.tokens <= 16 for asked in alone), alone
+    with ThreadPoolExecutor(8) as pool:
+        for asked in [pool.submit(load.ask) for _ in range(4) for load in loads]:
             assert asked.result().error is None
-    assert all({asked.tokens for asked in load.answers} == {16} for load in loads)
-    check_books(platform, "sizes", 8)
-    platform.zenray("undeploy", "smollm2-mode")
+    assert [{asked.tokens for asked in load.answers} for load in loads] == [{asked.tokens} for asked in alone]
+    check_books(platform, "sizes", 10)
+    by_model = platform.rows(
+        "SELECT model_answered, sum(output_tokens) AS n FROM usage_events WHERE org = 'sizes' GROUP BY model_answered"
+    )
+    expected = {load.model: 5 * asked.tokens for load, asked in zip(loads, alone, strict=True)}
+    assert {row["model_answered"]: row["n"] for row in by_model} == expected
+    platform.zenray("undeploy", MIXTURE)
