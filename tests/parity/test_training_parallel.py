@@ -20,9 +20,11 @@ from tests.parity.training_ranks import (
     Found,
     Layout,
     cases_of,
+    check_ratio,
     make_trainer,
     run_case,
     spawn,
+    whole,
 )
 from zenray.training.checkpointing import difference, load, read_weight, save
 
@@ -69,34 +71,8 @@ def alone() -> dict[str, Found]:
     return {name: run_case(case) for name, case in CASES.items()}
 
 
-def whole(ranks: list[Found], what: str, name: str) -> torch.Tensor:
-    """A tensor put together from the ranks' parts; where these overlap they must be equal, and leave nothing out."""
-    parts = [getattr(one, what)[name] for one in ranks]
-    found = torch.full(parts[0].shape, math.nan)
-    for part in parts:
-        before = found[part.region]
-        if part.values.numel() == before.numel() == 0:
-            continue
-        assert before.shape == part.values.shape, f"{name}: a part of {tuple(part.values.shape)} in {part.region}"
-        assert (before.isnan() | (before == part.values)).all(), f"{name} differs between ranks"
-        found[part.region] = part.values
-    assert not found.isnan().any(), f"nobody holds a part of {name}"
-    return found
-
-
 def tolerance(name: str) -> float:
     return HALF_RATIO if CASES[name].dtype == "bfloat16" else RATIO
-
-
-def check_ratio(name: str, one: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
-    """⟨g, r⟩ / ⟨r, r⟩ = 1, which a wrong scale moves; and the difference is small, which a wrong direction moves."""
-    one, reference = one.double(), reference.double()
-    square = float((reference * reference).sum())
-    if square == 0:
-        assert not one.any(), f"{name} should be zero"
-        return
-    assert float((one * reference).sum()) / square == pytest.approx(1, abs=tolerance), name
-    assert float((one - reference).norm()) / math.sqrt(square) < 10 * tolerance, name
 
 
 @every_layout

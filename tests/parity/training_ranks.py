@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -17,6 +19,7 @@ from zenray.model.router import TokenChoiceRouter
 from zenray.spec.training import DistillJob, PretrainJob, TrainingJob
 from zenray.training import gradients
 from zenray.training.checkpointing import load, save
+from zenray.training.context_parallel import part_of
 from zenray.training.data.stream import Batch, pack
 from zenray.training.layout import layouts_of, local_part
 from zenray.training.mesh import Mesh
@@ -145,7 +148,8 @@ def network(config: MoDEConfig, seed: int, empty: tuple[int, ...] = ()) -> MoDE:
 
 
 def make_trainer(case: Case, mesh: Mesh | None = None) -> Trainer:
-    teachers = [(network(replace(case.config, num_hidden_layers=1, sparse_layers=(0,)), 5), 1.0)]
+    one_layer = replace(case.config, num_hidden_layers=1, sparse_layers=(0,), local_layers=case.config.local_layers[:1])
+    teachers = [(network(one_layer, 5), 1.0)]
     trainer = Trainer(network(case.config, 1, case.empty), job_of(case), mesh, teachers if case.has_teacher else ())
     if case.optimizer == "sgd":  # Adam divides a wrong scale away; plain descent shows it
         masters = [one.master for one in trainer.trainables]
@@ -172,12 +176,17 @@ def batches_of(rank: int, world: int, step: int) -> list[Batch]:
 
 def run_case(case: Case, mesh: Mesh | None = None, rank: int = 0, world: int = 1, steps: int = 1) -> Found:
     trainer = make_trainer(case, mesh)
+    return find(trainer, [batches_of(rank, world, step) for step in range(steps)])
+
+
+def find(trainer: Trainer, steps: list[list[Batch]]) -> Found:
+    """What this rank finds in training on its batches of each step. `outputs`: before that, of the first step's."""
     with torch.no_grad():
-        outputs = [trainer.objective.hidden_states(batch).clone() for batch in batches_of(rank, world, 0)]
+        outputs = [trainer.objective.hidden_states(part_of(batch, trainer.mesh)).clone() for batch in steps[0]]
     let_go(trainer.objective)
     report = None
-    for step in range(steps):
-        report = trainer.step(step, batches_of(rank, world, step))
+    for step, batches in enumerate(steps):
+        report = trainer.step(step, batches)
     biases = [part.bias_E.clone() for part in trainer.model.modules() if getattr(part, "bias_E", None) is not None]
     return Found(
         outputs=outputs,
@@ -199,6 +208,32 @@ def _parts(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> dict[str, Part
         name: Part(tensor.detach().clone(), layouts[name].region(), layouts[name].shape)
         for name, tensor in tensors.items()
     }
+
+
+def whole(ranks: list[Found], what: str, name: str) -> torch.Tensor:
+    """A tensor put together from the ranks' parts; where these overlap they must be equal, and leave nothing out."""
+    parts = [getattr(one, what)[name] for one in ranks]
+    found = torch.full(parts[0].shape, math.nan)
+    for part in parts:
+        before = found[part.region]
+        if part.values.numel() == before.numel() == 0:
+            continue
+        assert before.shape == part.values.shape, f"{name}: a part of {tuple(part.values.shape)} in {part.region}"
+        assert (before.isnan() | (before == part.values)).all(), f"{name} differs between ranks"
+        found[part.region] = part.values
+    assert not found.isnan().any(), f"nobody holds a part of {name}"
+    return found
+
+
+def check_ratio(name: str, one: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
+    """⟨g, r⟩ / ⟨r, r⟩ = 1, which a wrong scale moves; and the difference is small, which a wrong direction moves."""
+    one, reference = one.double(), reference.double()
+    square = float((reference * reference).sum())
+    if square == 0:
+        assert not one.any(), f"{name} should be zero"
+        return
+    assert float((one * reference).sum()) / square == pytest.approx(1, abs=tolerance), name
+    assert float((one - reference).norm()) / math.sqrt(square) < 10 * tolerance, name
 
 
 def spawn(world: int, folder: Path, chain: tuple[Path, ...]) -> dict[tuple[str, Layout], list[Found]]:

@@ -56,10 +56,18 @@ class Attention(nn.Module):
         q_BHSC, k_BNLC = rotate(q_BHSC, *rotary), rotate(k_BNLC, *rotary)
         if cache is not None:
             k_BNLC, v_BNLC = cache.update(k_BNLC, v_BNLC, self.layer)
-        y_BHSC = F.scaled_dot_product_attention(
-            q_BHSC, k_BNLC, v_BNLC, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=True
-        )
+        y_BHSC, k_BNLC, v_BNLC = self.attend(q_BHSC, k_BNLC, v_BNLC, mask)
         return self.o_proj(y_BHSC.transpose(1, 2).reshape(B, S, -1)), k_BNLC, v_BNLC
+
+    def attend(
+        self, q_BHSC: Tensor, k_BNLC: Tensor, v_BNLC: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y_BHSC, and the keys and values that were looked at: where workers share a sequence, those of all of them."""
+        is_causal = mask is None and q_BHSC.shape[2] > 1
+        y_BHSC = F.scaled_dot_product_attention(
+            q_BHSC, k_BNLC, v_BNLC, attn_mask=mask, is_causal=is_causal, enable_gqa=True
+        )
+        return y_BHSC, k_BNLC, v_BNLC
 
 
 def causal_mask(

@@ -56,6 +56,22 @@ def check_axes(workers: int, axes: Axes) -> None:
             )
 
 
+def check_sequence(tokens: int, context: int) -> None:
+    """InvalidValue where workers of a context group cannot get equal parts of a sequence: one chunk from its front and
+    one from its back each."""
+    chunks = 2 * context
+    if context > 1 and tokens % chunks:
+        below = tokens // chunks * chunks
+        near = [count for count in (below, below + chunks) if count > 0]
+        sharing = [workers for workers in divisors(tokens) if workers == 1 or tokens % (2 * workers) == 0]
+        raise InvalidValue(
+            f"A sequence of {tokens:,} tokens cannot be cut into {chunks} equal chunks for {context} workers.",
+            hint=f"Use {' or '.join(f'{count:,}' for count in near)} tokens, or a context_parallel of "
+            f"{_listed(sharing)}.",
+            param="context_parallel",
+        )
+
+
 def divisors(count: int) -> list[int]:
     """Of a positive number, in order."""
     return [number for number in range(1, count + 1) if count % number == 0]

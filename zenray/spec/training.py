@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from zenray.spec.documents import Document
 from zenray.spec.errors import InvalidValue
 from zenray.spec.lineage import BaseVersion, NewVersion
-from zenray.spec.parallelism import Axes, check_axes
+from zenray.spec.parallelism import Axes, check_axes, check_sequence
 from zenray.spec.versions import check_name
 
 BuiltinCorpus = Literal["code", "prose", "mathematics"]
@@ -93,7 +93,11 @@ class Workers(Document):
     pipeline_parallel: int = Field(
         1, ge=1, description="Stages that share the layers; divides count, and the other axes what is left."
     )
-    context_parallel: int = Field(1, ge=1, description="Workers of a stage that share each sequence.")
+    context_parallel: int = Field(
+        1,
+        ge=1,
+        description="Workers of a stage that share each sequence; sequence_tokens is a multiple of twice as many.",
+    )
     compiled: bool = Field(
         False, description="torch.compile over every layer: a slow first step, then faster ones on most GPUs."
     )
@@ -225,6 +229,14 @@ class _TrainingJob(Document):
             if part not in ("dense", "routers", "experts") and not part.startswith("experts/"):
                 raise ValueError(f"{part!r} cannot be trained: write dense, routers, experts or experts/GROUP")
         return value
+
+    @model_validator(mode="after")
+    def _equal_parts(self) -> _TrainingJob:
+        try:
+            check_sequence(self.data.sequence_tokens, self.workers.context_parallel)
+        except InvalidValue as error:
+            raise ValueError(f"{error.message} {error.hint}") from None
+        return self
 
     @model_validator(mode="after")
     def _whole_passes(self) -> _TrainingJob:

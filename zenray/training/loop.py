@@ -84,10 +84,12 @@ class TrainingSet:
         )
 
     def step(self, job: TrainingJob, mesh: Mesh, index: int) -> list[Batch]:
-        """This worker's batches of a step. A pass reads neighbouring sequences, shared out in the order of ranks."""
+        """This worker's batches of a step. A pass reads neighbouring sequences, shared out in the order of ranks.
+
+        Workers that share sequences get the same whole ones."""
         at_once = job.sequences_per_pass
-        of_pass = at_once * mesh.world
-        first = index * job.sequences_per_step + mesh.rank * at_once
+        of_pass = at_once * mesh.readers
+        first = index * job.sequences_per_step + mesh.reader * at_once
         return [self.stream.batch(first + start, at_once) for start in range(0, job.sequences_per_step, of_pass)]
 
     def evaluation(self, job: TrainingJob, mesh: Mesh, domain: str) -> list[Batch]:
@@ -95,10 +97,10 @@ class TrainingSet:
         targets."""
         packed, at_once = self.held_out[domain], job.sequences_per_pass
         count = min(packed.num_sequences, job.evaluation.sequences)
-        of_pass = mesh.world * at_once
+        of_pass = mesh.readers * at_once
         found = []
         for first in range(0, count, of_pass):
-            start = first + mesh.rank * at_once
+            start = first + mesh.reader * at_once
             indices = range(start, start + at_once)
             batch = pack([packed.at(min(index, count - 1)) for index in indices])
             for row, index in enumerate(indices):

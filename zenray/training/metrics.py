@@ -31,7 +31,15 @@ PEAK_FLOPS = {
     "L4": 121e12,
 }
 _BACKWARD = 3  # a step costs three forward passes: one, and two products for each in the backward pass
-_COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+_COLLECTIVES = (
+    "all_reduce",
+    "all_to_all_single",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "reduce_scatter_tensor",
+    "reduce_scatter_single",
+    "broadcast",
+)
 
 
 @contextmanager

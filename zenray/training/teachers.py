@@ -45,11 +45,13 @@ class TopTeacher:
 
     def top_logits(self, batch: Batch) -> TopLogits:
         """Of all positions of the batch, (B · S, N). Blocks while the teacher is asked for what is not kept yet."""
-        found = [self._of(_row(batch, number)) for number in range(batch.ids_BS.shape[0])]
+        found = [self.of(batch, number) for number in range(batch.ids_BS.shape[0])]
         ids, log_probs = (torch.cat([one[part] for one in found]) for part in (0, 1))
         return TopLogits(ids, log_probs, self.temperature)
 
-    def _of(self, sequence: Batch) -> TopLogits:
+    def of(self, batch: Batch, number: int) -> TopLogits:
+        """Of one sequence, (S, N). Blocks as `top_logits` does."""
+        sequence = _row(batch, number)
         parts = (sequence.ids_BS, sequence.labels_BS, sequence.document_BS)
         key = hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()
         path = self._folder / key[:2] / f"{key}.npz"

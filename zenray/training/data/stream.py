@@ -35,14 +35,17 @@ class Batch:
     def num_targets(self) -> int:
         return int((self.labels_BS != IGNORED).sum())
 
-    def mask(self, window: int | None = None) -> Tensor:
-        """(B, 1, S, S) of bool: the same document, not later, and within `window` positions where one is given."""
+    def mask(self, window: int | None = None, of: Tensor | None = None) -> Tensor:
+        """(B, 1, S, S) of bool: the same document, not later, and within `window` positions where one is given.
+
+        `of`: the rows of these places only."""
         S = self.ids_BS.shape[1]
         place = torch.arange(S, device=self.ids_BS.device)
-        seen = place[:, None] >= place[None, :]
+        of = place if of is None else of
+        seen = of[:, None] >= place[None, :]
         if window is not None:
-            seen = seen & (place[:, None] - place[None, :] < window)
-        return (seen & (self.document_BS[:, :, None] == self.document_BS[:, None, :]))[:, None]
+            seen = seen & (of[:, None] - place[None, :] < window)
+        return (seen & (self.document_BS[:, of, None] == self.document_BS[:, None, :]))[:, None]
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))

@@ -1,0 +1,130 @@
+"""Training on ranks that share sequences, and what each of them found."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from tests.parity import training_ranks
+from tests.parity.training_ranks import BASE, CLIPPED, DIVERSE, UNCLIPPED, Case, Found, find, job_of, network
+from zenray.spec.training import DistillJob
+from zenray.training.context_parallel import own_places
+from zenray.training.data.stream import Batch, pack
+from zenray.training.mesh import Mesh
+from zenray.training.teachers import NetworkAnswers, TopTeacher
+from zenray.training.trainer import Trainer
+
+LENGTH, PASSES, WINDOW = 16, 2, 5
+UNEVEN = {1: (5,), 2: (3, 2)}  # sequences of each reader in one pass
+LOCAL = {"sliding_window": WINDOW, "local_layers": (0, 2)}
+CASES = {
+    "windows": Case(replace(BASE, **LOCAL), UNCLIPPED),
+    "clipped diverse with a teacher": Case(replace(DIVERSE, **LOCAL), CLIPPED, has_teacher=True),
+    "a teacher whose answers are kept": Case(BASE, UNCLIPPED),
+    "selective recomputation": Case(DIVERSE, CLIPPED, recompute="selective"),
+    "half precision": Case(BASE, UNCLIPPED, dtype="bfloat16"),
+}
+
+
+class Layout(NamedTuple):
+    context: int
+    expert: int = 1
+    fully_sharded: bool = False
+
+    def __str__(self) -> str:
+        return f"cp{self.context}-ep{self.expert}{'-sharded' * self.fully_sharded}"
+
+
+LAYOUTS = {
+    2: (Layout(2), Layout(2, 2), Layout(2, 1, True)),
+    4: (Layout(2), Layout(2, 2), Layout(2, 4), Layout(4), Layout(4, 2), Layout(4, 2, True)),
+}
+
+
+def readers(world: int, layout: Layout) -> int:
+    return world // layout.context
+
+
+def sequences_of(number: int) -> list[Any]:
+    """All of one pass: documents of random lengths, some of which cross the cuts between ranks."""
+    generator = torch.Generator().manual_seed(100 + number)
+    found = []
+    for _ in range(sum(UNEVEN[1])):
+        tokens = torch.randint(0, training_ranks.VOCABULARY, (LENGTH + 1,), generator=generator)
+        begins = torch.rand(LENGTH + 1, generator=generator) < 0.15
+        found.append((tokens.numpy(), begins.cumsum(0).numpy()))
+    return found
+
+
+def batches_of(reader: int, count: int) -> list[Batch]:
+    sizes = UNEVEN[count]
+    part = slice(sum(sizes[:reader]), sum(sizes[: reader + 1]))
+    return [pack(sequences_of(number)[part]) for number in range(PASSES)]
+
+
+def make_trainer(name: str, folder: Path, mesh: Mesh | None = None) -> Trainer:
+    case = CASES[name]
+    if "kept" not in name:
+        return training_ranks.make_trainer(case, mesh)
+    asked = job_of(case).model_dump() | {
+        "kind": "distill",
+        "teachers": [{"version": {"model": "teacher"}, "top_logits": 7}],
+        "distillation": 0.7,
+    }
+    answers = NetworkAnswers(lambda: network(replace(BASE, num_hidden_layers=1, sparse_layers=(0,)), 5), 7, 1.0)
+    trainer = Trainer(
+        network(BASE, 1), DistillJob(**asked), mesh, kept_teachers=[(TopTeacher(answers, folder, "it", 7), 1.0)]
+    )
+    masters = [one.master for one in trainer.trainables]
+    trainer.optimizer = torch.optim.SGD([{"params": masters, "scale": 1.0}], lr=0.1)
+    return trainer
+
+
+def run_case(name: str, folder: Path, mesh: Mesh | None = None) -> tuple[Found, float]:
+    """What was found in training, and then the loss of an evaluation."""
+    mesh = mesh or Mesh()
+    trainer = make_trainer(name, folder, mesh)
+    batches = batches_of(mesh.reader, mesh.readers)
+    return find(trainer, [batches]), trainer.evaluate(batches)
+
+
+def assemble(ranks: list[Found], layout: Layout, number: int) -> torch.Tensor:
+    """A pass's outputs, sequence by sequence, of ranks that each computed some places."""
+    found = []
+    for first in range(0, len(ranks), layout.context):
+        group = ranks[first : first + layout.context]
+        parts = [one.outputs[number].unflatten(0, (-1, LENGTH // layout.context)) for one in group]
+        sequences = torch.empty(parts[0].shape[0], LENGTH, parts[0].shape[-1], dtype=parts[0].dtype)
+        for rank, part in enumerate(parts):
+            sequences[:, own_places(LENGTH, layout.context, rank)] = part
+        found.append(sequences.flatten(0, 1))
+    return torch.cat(found)
+
+
+def spawn(world: int, folder: Path) -> dict[tuple[str, Layout], list[tuple[Found, float]]]:
+    """Every case on every layout of `world` ranks: {(case, layout): one result for each rank}."""
+    folder.mkdir()
+    multiprocessing.spawn(_rank_main, args=(world, str(folder)), nprocs=world)
+    by_rank = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
+    return {key: [found[key] for found in by_rank] for key in by_rank[0]}
+
+
+def _rank_main(rank: int, world: int, folder: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    found = {}
+    for layout in LAYOUTS[world]:
+        mesh = Mesh.create(layout.expert, context_size=layout.context, fully_sharded=layout.fully_sharded)
+        for name in CASES:
+            answers = Path(folder, f"answers-{rank}-{layout}")  # each rank's own: nobody reads what another asked for
+            found[name, layout] = run_case(name, answers, mesh)
+    torch.save(found, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
