@@ -57,7 +57,7 @@ def test_time_in_collectives_is_counted_and_the_functions_are_put_back(monkeypat
 def test_utilisation_is_of_the_hardwares_peak_over_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
-    for name, peak in {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10G": 125e12, "Something": None}.items():
+    for name, peak in {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10": 125e12, "NVIDIA A10G": None}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert peak_flops() == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")

@@ -37,6 +37,13 @@ def find_gpu(name: str) -> Gpu:
     return known[name]
 
 
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The catalog's GPU of the kind that a driver calls `device_name` ("NVIDIA A100-SXM4-80GB"), whatever its memory;
+    None for one that is not in the file."""
+    words = device_name.replace("-", " ").split()
+    return next((gpu for gpu in _load().values() if gpu.name.split()[0] in words), None)
+
+
 @cache
 def _load() -> dict[str, Gpu]:
     return {gpu.name: gpu for gpu in load_document(Path(__file__).parent / "gpus.yaml", _Gpus).gpus}

@@ -111,6 +111,7 @@ def settings_of(job: TrainingJob, layout: TrainingLayout) -> Settings:
         passes=_passes(job, layout),
         gpu=job.workers.gpu,
         moments_in_8_bits=job.optimisation.optimizer == "adamw-8bit",
+        context=layout.axes.context,
     )
 
 

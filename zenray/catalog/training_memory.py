@@ -58,6 +58,7 @@ class Settings:
     passes: int  # of one worker in a step: their gradients are added up
     gpu: bool
     moments_in_8_bits: bool = False
+    context: int = 1  # workers that share each sequence, and gather one another's keys and values
 
     @property
     def item_bytes(self) -> int:
@@ -66,6 +67,11 @@ class Settings:
     @property
     def tokens(self) -> int:
         return self.sequences * self.sequence_tokens
+
+    @property
+    def whole_tokens(self) -> int:
+        """Of a sequence on all workers that share it."""
+        return self.sequence_tokens * self.context
 
     @property
     def accumulates(self) -> bool:
@@ -137,6 +143,14 @@ def layer_weights(dimensions: ModelDimensions, layer: int) -> Iterator[Weight]:
         yield from _swiglu(D, moe.shared_width)
         if moe.shared_gate:
             yield Weight("dense", (1, D))
+
+
+def _seen(settings: Settings) -> int:
+    """Keys that a token is held against, on average: all of its sequence's, or, where workers share it, those up to the
+    end of its chunk (zenray.training.context_parallel)."""
+    if settings.context == 1:
+        return settings.sequence_tokens
+    return (settings.whole_tokens + settings.sequence_tokens // 2) // 2
 
 
 def _swiglu(hidden: int, width: int) -> Iterator[Weight]:
@@ -239,8 +253,9 @@ def layer_activations(dimensions: ModelDimensions, layer: int, settings: Setting
     token += b * D  # the input of q, k and v
     if dimensions.qk_norm:
         token += norm * (q + kv)
-    token += b * (q + 2 * kv) + 2 * b * q + 4 * dimensions.heads  # queries, keys, values; result, twice; its sums
-    token += b * settings.sequence_tokens  # the mask, as a bias
+    token += b * (q + 2 * kv * settings.context)  # queries; keys and values of the whole sequence
+    token += 2 * b * q + 4 * dimensions.heads  # the result, twice; its sums
+    token += b * _seen(settings)  # the mask, as a bias
     token += b * D  # the input of the feed-forward part
     moe = dimensions.moe
     if moe is None or layer in dimensions.dense_layers:
@@ -288,7 +303,7 @@ def _working(dimensions: ModelDimensions, layer: int, settings: Settings) -> int
 
 def _ends(dimensions: ModelDimensions, settings: Settings) -> int:
     """The last hidden states, their gradient, the last norm's input in float32, and the mask."""
-    return settings.tokens * (dimensions.hidden_size * (2 * settings.item_bytes + 4) + settings.sequence_tokens)
+    return settings.tokens * (dimensions.hidden_size * (2 * settings.item_bytes + 4) + settings.whole_tokens)
 
 
 def _logits(dimensions: ModelDimensions, settings: Settings, teachers: int) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from zenray.catalog.accounting import flops_per_token
+from zenray.catalog.gpus import gpu_of_device
 from zenray.model.config import MoDEConfig
 from zenray.training.tracking import tracked
 from zenray.training.trainer import Trainer
@@ -20,16 +21,6 @@ from zenray.training.trainer import Trainer
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
 
-# Dense bfloat16, without sparsity, as the makers state them. On other hardware nothing is said of utilisation.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "L4": 121e12,
-}
 _BACKWARD = 3  # a step costs three forward passes: one, and two products for each in the backward pass
 _COLLECTIVES = (
     "all_reduce",
@@ -142,9 +133,8 @@ def memory_bytes() -> int:
 
 
 def peak_flops() -> float | None:
-    """Of this worker's device, in bfloat16; None where it is not known."""
+    """Of this worker's device, in bfloat16; None for one that is not in the catalog: nothing is said of utilisation."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    # The longest name that fits: an "A100" is no "A10".
-    return next((PEAK_FLOPS[known] for known in sorted(PEAK_FLOPS, key=len, reverse=True) if known in name), None)
+    gpu = gpu_of_device(torch.cuda.get_device_name())
+    return None if gpu is None else gpu.bf16_flops_per_s
