@@ -29,6 +29,7 @@ from zenray.model.config import MoDEConfig, RouterConfig, uniform_experts
 from zenray.model.grouped import swiglu_by_kernel
 from zenray.model.network import MoDE
 from zenray.spec.training import DistillJob, PretrainJob, TrainingJob
+from zenray.training.context_parallel import part_of, share_sequences
 from zenray.training.data.stream import Batch, pack
 from zenray.training.layout import local_part
 from zenray.training.loss import hidden_states
@@ -189,6 +190,24 @@ def test_activations_are_what_autograd_keeps(
     if kernel:  # what a GPU runs
         monkeypatch.setattr(experts, "grouped_swiglu", _by_kernel)
     model = MoDE(config).to(dtype).train()
+    settings = Settings(frozenset(), dtype == torch.bfloat16, "none", SEQUENCES, LENGTH, passes=1, gpu=kernel)
+    said = sum(layer_activations(config.dimensions(), layer, settings) for layer in every_layer(config))
+    assert said == pytest.approx(kept_bytes(model, batch(config.vocab_size)), rel=0.1)
+
+
+@pytest.mark.parametrize("context", [2, 8])
+@pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_activations_of_workers_that_share_sequences(group: None, config: MoDEConfig, context: int) -> None:
+    model, mesh = MoDE(config).train(), Mesh.create(context_size=context)
+    share_sequences(model, mesh)
+    part = part_of(batch(config.vocab_size), mesh)
+    settings = Settings(frozenset(), False, "none", SEQUENCES, LENGTH // context, passes=1, gpu=False, context=context)
+    said = sum(layer_activations(config.dimensions(), layer, settings) for layer in every_layer(config))
+    assert said == pytest.approx(kept_bytes(model, part), rel=0.1)
+
+
+def kept_bytes(model: MoDE, asked: Batch) -> int:
+    """What autograd keeps of a forward pass in which nothing is recomputed, without the weights."""
     model.model.gradient_checkpointing = False
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -200,11 +219,8 @@ def test_activations_are_what_autograd_keeps(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden_states(model, batch(config.vocab_size))
-    really = sum(size for place, size in kept.items() if place not in weights)
-    settings = Settings(frozenset(), dtype == torch.bfloat16, "none", SEQUENCES, LENGTH, passes=1, gpu=kernel)
-    said = sum(layer_activations(config.dimensions(), layer, settings) for layer in every_layer(config))
-    assert said == pytest.approx(really, rel=0.1)
+        hidden_states(model, asked)
+    return sum(size for place, size in kept.items() if place not in weights)
 
 
 def _by_kernel(x_RD: Any, gate_up: Any, down: Any, rows_E: Any, weight_R: Any = None) -> torch.Tensor:

@@ -140,13 +140,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, workers: int) -> Tensor:
         ctx.group, ctx.shape = group, x.shape
-        out = x.new_empty(workers, *x.shape)
+        out = x.new_empty(workers * x.shape[0], *x.shape[1:])
         dist.all_gather_single(out, x.contiguous(), group=group)
-        return out
+        return out.unflatten(0, (workers, -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dy.new_empty(ctx.shape)
-        dist.reduce_scatter_single(dx, dy.contiguous(), group=ctx.group)
+        dist.reduce_scatter_single(dx, dy.contiguous().flatten(0, 1), group=ctx.group)
         return dx, None, None
