@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zenray.gateway.homes import Homes
+from zenray.gateway.homes import SPAN_S, Homes
 from zenray.gateway.replica_choice import (
     BLOCK_BYTES,
     MAX_PREFIX_BYTES,
@@ -116,8 +116,24 @@ def test_new_prompts_go_to_those_that_are_home_to_the_fewest() -> None:
     held = {"a": 3, "b": 1, "c": 2}
     for number in range(20):
         blocks = blocks_of(text(str(number), 2000))
-        assert pick(blocks, PrefixMemory(), {"b": 1}, held=held.__getitem__) == "b"
-        assert pick(blocks, PrefixMemory(), {"b": 2}, held=held.__getitem__) == "c"
+        bearable = slack(0, 4)
+        assert pick(blocks, PrefixMemory(), {"b": bearable}, held=held.__getitem__) == "b"
+        assert pick(blocks, PrefixMemory(), {"b": bearable + 1}, held=held.__getitem__) == "c"
+        assert pick(blocks, PrefixMemory(), {"b": 30, "a": 10, "c": 10 + slack(10, 4)}, held=held.__getitem__) == "c"
+
+
+def test_a_prompt_whose_home_is_too_busy_goes_to_the_least_busy() -> None:
+    held = {"a": 0, "b": 5, "c": 9}
+    blocks = blocks_of(text("x", 3000))
+    assert pick(blocks, PrefixMemory(), {"a": 2, "b": 30}, home="b", held=held.__getitem__) == "c"
+
+
+def test_what_only_another_process_asked_is_believed_of_a_home() -> None:
+    memory, blocks = PrefixMemory(), blocks_of(text("x", 12_000))
+    memory.note(blocks, "a")
+    assert pick(blocks, memory, {}, home="b") == "b"  # where it has been at home since another process settled it
+    memory.note(blocks[:8], "b")
+    assert pick(blocks, memory, {}, home="b") == "a"  # now it is known that b has seen little of it
 
 
 def test_homes_are_agreed_on_across_processes() -> None:
@@ -126,16 +142,16 @@ def test_homes_are_agreed_on_across_processes() -> None:
     pid = os.fork()
     if pid == 0:
         for number in range(100):
-            homes.settle(home_key(blocks_of(text(str(number), 2000))), "ab"[number % 2])
+            homes.settle(home_key(blocks_of(text(str(number), 2000))), "ab"[number % 2], 1.0)
         os.write(write, b".")
         os._exit(0)
     assert os.read(read, 1) == b"." and os.waitpid(pid, 0)[1] == 0
     keys = [home_key(blocks_of(text(str(number), 2000))) for number in range(100)]
     assert [homes.find(key, REPLICAS) for key in keys] == ["ab"[number % 2] for number in range(100)]
-    assert (homes.held("a"), homes.held("b"), homes.held("c")) == (50, 50, 0)
+    assert [homes.held(name, 1.0) for name in "abc"] == [50, 50, 0]
     assert homes.find(keys[0], REPLICAS[1:]) is None  # its replica is gone
-    homes.settle(keys[0], "c")
-    assert homes.find(keys[0], REPLICAS) == "c" and (homes.held("a"), homes.held("c")) == (49, 1)
+    homes.settle(keys[0], "c", 1.0)
+    assert homes.find(keys[0], REPLICAS) == "c" and [homes.held(name, 1.0) for name in "abc"] == [49, 50, 1]
     os.close(read)
     os.close(write)
 
@@ -144,14 +160,29 @@ def test_homes_are_agreed_on_across_processes() -> None:
 def test_a_small_table_forgets_but_never_lies(settled: list[tuple[int, str]]) -> None:
     homes, truth = Homes(slots=8), {}
     for key, name in settled:
-        homes.settle(key, name)
+        homes.settle(key, name, 1.0)
         truth[key] = name
         assert homes.find(key, REPLICAS) == name
     for key, name in truth.items():
         assert homes.find(key, REPLICAS) in (None, name) or any(
             other % 8 == key % 8 and other >> 32 == key >> 32 for other in truth if other != key
         )
-    assert sum(homes.held(name) for name in "abc") <= 8
+    assert sum(homes.held(name, 1.0) for name in "abc") <= 8
+
+
+def test_homes_that_nobody_asks_for_are_not_counted() -> None:
+    homes = Homes(slots=64)
+    for key in range(10):
+        homes.settle(key << 32 | key, "a", 0.0)
+    for span in range(6):  # four of them go on being asked for, and each is counted once
+        for key in range(4):
+            for _ in range(3):
+                homes.settle(key << 32 | key, "a", SPAN_S * span)
+        assert homes.held("a", SPAN_S * span) == (10 if span < 2 else 4)
+    homes.settle(0, "b", 5 * SPAN_S)
+    assert (homes.held("a", 5 * SPAN_S), homes.held("b", 5 * SPAN_S)) == (3, 1)
+    assert homes.held("a", 7 * SPAN_S) == homes.held("b", 100 * SPAN_S) == 0
+    assert homes.find(9 << 32 | 9, REPLICAS) == "a"  # it is not forgotten
 
 
 def test_nothing_is_shared_between_roots() -> None:

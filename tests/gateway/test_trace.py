@@ -17,9 +17,8 @@ from zenray.gateway.homes import Homes
 from zenray.gateway.replica_choice import (
     BLOCK_BYTES,
     MAX_PREFIX_BYTES,
-    PrefixMemory,
+    Chooser,
     choose,
-    home_key,
     name_blocks,
     slack,
 )
@@ -59,7 +58,7 @@ def replay(policy: str, *, replicas: int, processes: int, capacity_blocks: int, 
     ends = [Endpoint(replica_id=f"r{number}", url=f"http://r{number}") for number in range(replicas)]
     caches = {one.replica_id: CachingReplica(capacity_blocks) for one in ends}
     homes = Homes()
-    memories = [PrefixMemory() for _ in range(processes)]
+    choosers = [Chooser(homes) for _ in range(processes)]
     outstanding: list[Counter[str]] = [Counter() for _ in range(processes)]
     in_all: Counter[str] = Counter()
     prefill_free_s = Counter[str]()
@@ -75,14 +74,9 @@ def replay(policy: str, *, replicas: int, processes: int, capacity_blocks: int, 
             in_all[name] -= 1
         seen = blocks[: MAX_PREFIX_BYTES // BLOCK_BYTES]
         busy = outstanding[process]
-        if policy == "affinity" and seen:
-            key = home_key(seen)
-            home, matched = homes.find(key, ends), memories[process].matched(seen)
-            chosen = choose(ends, busy, {}, (), now_s, turn, blocks=seen, matched=matched, home=home, held=homes.held)
+        if policy == "affinity":
+            chosen, _ = choosers[process].choose(ends, busy, {}, (), now_s, seen)
             assert chosen
-            memories[process].note(seen, chosen.replica_id)
-            if home is None:
-                homes.settle(key, chosen.replica_id)
             least = min(busy[one.replica_id] for one in ends)
             assert busy[chosen.replica_id] <= least + slack(least, len(seen))
         else:

@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from zenray.gateway.homes import Homes
 from zenray.spec.edge import Endpoint as Replica
 
 BLOCK_BYTES = 256  # about 64 tokens
@@ -24,7 +25,7 @@ MAX_PREFIX_BYTES = 4 * 4096  # about 4,096 tokens (HIP-39)
 MAX_BLOCKS = 1 << 16  # remembered in all, about 10 MB
 _REPLICAS_PER_BLOCK = 4
 _LEAST_SHARE = 0.1  # of the prompt's blocks: less in common does not decide
-_NEAR = 1  # requests: a replica so much busier than the least busy one may become a prompt's home
+_NEAR = 1  # requests: where a prompt goes whose home is too busy may be so much busier than the least busy one
 _HOME_BLOCKS = 16  # another replica must know so much more of a prompt than its home to be preferred
 _BLOCKS_PER_PATIENCE = 2
 _MOST_PATIENCE = 8  # requests
@@ -120,10 +121,12 @@ def choose(
 
     Of the replicas that are not much busier than the least busy one, that which knows most of the prompt; the prompt's
     `home` is preferred to others that know little more, so that a request which was sent elsewhere in a rush does not
-    draw the next ones after it. If none knows enough: of those about as busy as the least busy one that which is home
-    to the fewest prompts (`held`), and among equals the one that every gateway would name for this prompt. Prompts too
-    short to matter take turns. `outstanding` counts what is asked for and not answered. A replica that could not be
-    reached within the last seconds (`suspect_until`) comes last, but it comes: it may be the only one.
+    draw the next ones after it, and a home that only another process has asked is believed to know what others know.
+    If none knows enough: of those that are not busier than a home may be, since the prompt stays there, that which
+    is home to the fewest prompts (`held`); among equals one about as busy as the least busy one, and of those the one
+    that every gateway would name for this prompt. If its home is too busy: only of those about as busy as the least
+    busy one. Prompts too short to matter take turns. `outstanding` counts what is asked for and not answered. A replica
+    that could not be reached within the last seconds (`suspect_until`) comes last: it may be the only one.
     """
     left = [replica for replica in replicas if replica.replica_id not in tried]
     if len(left) < 2:
@@ -135,9 +138,14 @@ def choose(
         best = _most_known(sound, work, least, blocks, matched or {}, home)
         if best is not None:
             return best
-        near = [replica for replica, busy in zip(sound, work, strict=True) if busy <= least + _NEAR]
+        most = least + (slack(least, min(len(blocks), _SPREAD_DEPTH)) if home is None else _NEAR)
         key = home_key(blocks)
-        return max(near, key=lambda replica: (-held(replica.replica_id), _weight(key, replica.replica_id)))
+        _, _, _, best = max(
+            (-held(replica.replica_id), busy <= least + _NEAR, _weight(key, replica.replica_id), replica)
+            for replica, busy in zip(sound, work, strict=True)
+            if busy <= most
+        )
+        return best
     # By turns over all, so that one which drops out does not shift the others' turns.
     count = len(replicas)
     names = {replica.replica_id for replica, busy in zip(sound, work, strict=True) if busy == least}
@@ -163,11 +171,12 @@ def _most_known(
     enough = max(1, _LEAST_SHARE * len(blocks))
     best: Replica | None = None
     best_rank = (0, 0)
+    depth = min(_SPREAD_DEPTH, len(blocks))
     for replica, busy in zip(replicas, work, strict=True):
         known = matched.get(replica.replica_id, 0)
         at_home = replica.replica_id == home
-        if at_home:  # another process may have sent it there
-            known = max(known, min(_SPREAD_DEPTH, len(blocks)))
+        if at_home and known < depth:  # another process has sent it there, or will
+            known = max(depth, *matched.values()) if matched else depth
         if known < enough or busy > least + slack(least, known):
             continue
         rank = (known + _HOME_BLOCKS if at_home else known, -busy)
@@ -179,3 +188,53 @@ def _most_known(
 def _weight(key: int, replica_id: str) -> bytes:
     """Rendezvous hashing: every gateway gives a prompt the same order of replicas."""
     return hashlib.blake2b(b"%x:%b" % (key, replica_id.encode()), digest_size=8).digest()
+
+
+class Chooser:
+    """Chooses for one gateway process, and remembers what it has chosen."""
+
+    def __init__(self, homes: Homes) -> None:
+        """`homes`: shared with the gateway's other processes."""
+        self._homes = homes
+        self._seen = PrefixMemory()
+        self._turn = 0
+
+    def choose(
+        self,
+        replicas: Sequence[Replica],
+        outstanding: Mapping[str, int],
+        suspect_until: Mapping[str, float],
+        tried: Collection[str],
+        now_s: float,
+        blocks: Sequence[int],
+    ) -> tuple[Replica | None, str]:
+        """The replica to ask for a prompt of these blocks (see `choose`), and why it: a label for the metrics."""
+        self._turn += 1
+        if not blocks:
+            return choose(replicas, outstanding, suspect_until, tried, now_s, self._turn), "short"
+
+        def held(replica_id: str) -> int:
+            return self._homes.held(replica_id, now_s)
+
+        key = home_key(blocks)
+        home = self._homes.find(key, replicas)
+        matched = self._seen.matched(blocks)
+        chosen = choose(
+            replicas,
+            outstanding,
+            suspect_until,
+            tried,
+            now_s,
+            self._turn,
+            blocks=blocks,
+            matched=matched,
+            home=home,
+            held=held,
+        )
+        if chosen is None:
+            return None, "none"
+        self._seen.note(blocks, chosen.replica_id)
+        self._homes.settle(key, home or chosen.replica_id, now_s)
+        if chosen.replica_id == home or chosen.replica_id in matched:
+            return chosen, "known"
+        return chosen, "moved" if home is not None or matched else "new"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import aiohttp
 
@@ -13,7 +13,7 @@ from zenray.gateway import failures
 from zenray.gateway.homes import Homes
 from zenray.gateway.http_client import Client, Connection, Lost, Unreachable
 from zenray.gateway.metrics import Metrics
-from zenray.gateway.replica_choice import PrefixMemory, choose, home_key
+from zenray.gateway.replica_choice import Chooser
 from zenray.gateway.snapshot import Directory, Route
 from zenray.gateway.tracing import RequestTrace
 from zenray.spec.clock import Clock
@@ -64,9 +64,7 @@ class Upstream:
         self._clock = clock
         self._metrics = metrics
         self._suspect_until: dict[str, float] = {}
-        self._prefixes = PrefixMemory()
-        self._homes = homes or Homes()
-        self._turn = 0
+        self._chooser = Chooser(homes or Homes())
         self._draw = draw
 
     def suspects(self) -> int:
@@ -181,28 +179,12 @@ class Upstream:
         if len(replicas) == 1 and not tried:
             self._metrics.choice(model, "only")
             return replicas[0]
-        self._turn += 1
         blocks = prefix() if prefix is not None and replicas else []
-        home = self._homes.find(home_key(blocks), replicas) if blocks else None
-        matched = self._prefixes.matched(blocks)
-        chosen = choose(
-            replicas,
-            self.outstanding,
-            self._suspect_until,
-            tried,
-            self._clock.monotonic(),
-            self._turn,
-            blocks=blocks,
-            matched=matched,
-            home=home,
-            held=self._homes.held,
+        chosen, why = self._chooser.choose(
+            replicas, self.outstanding, self._suspect_until, tried, self._clock.monotonic(), blocks
         )
         if chosen is not None:
-            self._metrics.choice(model, _why(blocks, matched, home, chosen.replica_id))
-        if chosen is not None and blocks:
-            self._prefixes.note(blocks, chosen.replica_id)
-            if home is None:
-                self._homes.settle(home_key(blocks), chosen.replica_id)
+            self._metrics.choice(model, why)
         return chosen
 
     def _suspect(self, replica: Replica, model: str, how: str, error: Exception) -> None:
@@ -214,14 +196,6 @@ class Upstream:
             "replica_failed",
             extra={"model": model, "replica_id": replica.replica_id, "reason": f"{type(error).__name__}: {error}"},
         )
-
-
-def _why(blocks: Sequence[int], matched: Mapping[str, int], home: str | None, chosen: str) -> str:
-    if not blocks:
-        return "short"
-    if chosen == home or chosen in matched:
-        return "known"
-    return "moved" if home is not None or matched else "new"
 
 
 class Waker:
