@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from tests.training.tiny import CONFIG, job
 from zenray.catalog.accounting import flops_per_token
 from zenray.model.balance import RouterStats
+from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import PretrainJob
 from zenray.training import metrics
@@ -76,12 +78,13 @@ def test_tokens_without_a_place_are_counted_over_layers_and_passes() -> None:
         dropped = None if lost is None else torch.tensor(lost)
         return RouterStats(one, one, torch.zeros(()), torch.tensor(8.0), one, dropped)
 
-    routing = StepRouting(Mesh())
-    assert routing.dropped_tokens() == 0
-    model = SimpleNamespace(router_loss=lambda stats, loads: torch.zeros(()))
-    routing.loss(model, [stats(2.0), stats(None)], 16)  # type: ignore[arg-type]
-    routing.loss(model, [stats(3.0), stats(None)], 16)  # type: ignore[arg-type]
-    assert routing.dropped_tokens() == 5
+    model = MoDE(replace(CONFIG, num_hidden_layers=3, sparse_layers=(0, 2)))
+    routing = StepRouting(model, Mesh())
+    routing.loss([stats(2.0), stats(None)], 16)
+    routing.loss([stats(3.0), stats(None)], 16)
+    layers, dropped_tokens = routing.report()
+    assert dropped_tokens == 5
+    assert [layer.load for layer in layers] == [(0.25,) * 4] * 2
 
 
 def test_an_events_metrics_have_names_and_are_finite() -> None:

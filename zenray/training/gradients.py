@@ -38,20 +38,25 @@ class GradientNorms:
 
 @torch.no_grad()
 def reduce_gradients(trainables: Sequence[Trainable], mesh: Mesh) -> None:
-    """Add gradients up over the workers that share a parameter, in place. Collective. Frozen experts' become zero."""
+    """Add gradients up over the workers that share a parameter, in place. Collective. Frozen experts' become zero.
+
+    An embedding that is the head too, on the first and the last pipeline stage, ends with one gradient on both.
+    """
     for one in trainables:
         if one.master.grad is None:  # its part of the network was never reached
             one.master.grad = torch.zeros_like(one.master)
         if one.bank is not None and one.bank.frozen:
             one.gradient[list(one.bank.frozen)] = 0
-    if mesh.of_stage == 1 or mesh.fully_sharded:
-        return
-    groups: dict[bool, list[Tensor]] = defaultdict(list)
+    if mesh.of_stage > 1 and not mesh.fully_sharded:
+        groups: dict[bool, list[Tensor]] = defaultdict(list)
+        for one in trainables:
+            groups[one.kind == "expert"].append(one.gradient)
+        _all_reduce(groups[False], mesh.stage_group)
+        if mesh.of_stage > mesh.expert_size:
+            _all_reduce(groups[True], mesh.replica_group)
     for one in trainables:
-        groups[one.kind == "expert"].append(one.gradient)
-    _all_reduce(groups[False], mesh.stage_group)
-    if mesh.of_stage > mesh.expert_size:
-        _all_reduce(groups[True], mesh.replica_group)
+        if one.is_on_both_ends:
+            dist.all_reduce(one.gradient, group=mesh.ends_group)
 
 
 def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
@@ -78,7 +83,7 @@ def clip_gradients(
 ) -> GradientNorms:
     """Clip each expert's gradient (zen-mode blog), then all of it together, in place. Collective; after reduction.
 
-    An expert's gradient is that of its gate, up and down matrices in one layer.
+    An expert's gradient is that of its gate, up and down matrices in one layer. `by_expert` has this stage's.
     """
     squares, by_kind = _squares(trainables, mesh)
     scales = {}
@@ -87,7 +92,9 @@ def clip_gradients(
         if expert_clip_norm is not None:
             scales[bank] = (expert_clip_norm / (square_E.sqrt() + 1e-6)).clamp(max=1.0)
     by_kind["expert"] = sum_of([(squares[bank] * scales[bank].square()).sum() for bank in squares])
-    total = float(sum_of(list(by_kind.values())).sqrt())
+    squared = mesh.add_up_stages(torch.stack([square.to(mesh.device) for square in by_kind.values()]))
+    by_kind = dict(zip(by_kind, squared, strict=True))
+    total = float(squared.sum().sqrt())
     whole = min(1.0, clip_norm / (total + 1e-6))
     for one in trainables:
         if one.bank is not None:
@@ -104,7 +111,8 @@ def clip_gradients(
 
 
 def _squares(trainables: Sequence[Trainable], mesh: Mesh) -> tuple[dict[str, Tensor], dict[Kind, Tensor]]:
-    """‖g‖² of every expert of every bank, and of all dense parameters and all routers; double, the same on all workers.
+    """‖g‖² of every expert of every bank of this stage, and of its dense parameters and routers; double, the same on
+    all workers of the stage. What is on both ends of a pipeline counts on the first stage.
 
     An expert's is the sum over those that hold parts of it. A sum with zeros is exact, so the layout does not show.
     """
@@ -115,7 +123,10 @@ def _squares(trainables: Sequence[Trainable], mesh: Mesh) -> tuple[dict[str, Ten
             square_E = squares.setdefault(one.bank.layer, empty)
             square_E[one.bank.mine] += _square(one.gradient.flatten(1), dim=1)
     kinds: tuple[Kind, ...] = ("dense", "router")
-    by_kind = {kind: sum_of([_square(one.gradient) for one in trainables if one.kind == kind]) for kind in kinds}
+    counted = [one for one in trainables if not (one.is_on_both_ends and mesh.is_last_stage)]
+    by_kind = {
+        kind: sum_of([_square(one.gradient) for one in counted if one.kind == kind]).to(mesh.device) for kind in kinds
+    }
     held_once = squares | (by_kind if mesh.fully_sharded else {})
     if held_once:
         parts = mesh.add_up_parts(torch.cat([square.flatten() for square in held_once.values()]))

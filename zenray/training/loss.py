@@ -66,10 +66,17 @@ class HeadLoss(NamedTuple):
 
 def hidden_states(model: MoDE, batch: Batch) -> tuple[Tensor, list[RouterStats]]:
     """(h_TD, router sums of each sparse layer) of packed sequences whose documents do not see one another."""
+    h_BSD, stats = _decode(model, batch)
+    return h_BSD.flatten(0, 1), stats
+
+
+def _decode(model: MoDE, batch: Batch, x_BSD: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
+    """`x_BSD`: hidden states after the layers before the model's, where it is a later part of a network."""
     config = model.config
     masks = Masks(batch.mask(), batch.mask(config.sliding_window) if config.local_layers else None)
-    h_BSD, stats = model.model(model.model.embed_tokens(batch.ids_BS), batch.positions_BS, masks)
-    return h_BSD.flatten(0, 1), stats
+    x_BSD = model.model.embed_tokens(batch.ids_BS) if x_BSD is None else x_BSD
+    found: tuple[Tensor, list[RouterStats]] = model.model(x_BSD, batch.positions_BS, masks)
+    return found
 
 
 def head_loss(
@@ -89,11 +96,14 @@ def head_loss(
 
 
 class Objective(nn.Module):
-    """A network with its loss: the one module in whose forward pass every weight is used, the head's too."""
+    """A network with its loss: the one module in whose forward pass every weight is used, the head's too.
 
-    def __init__(self, model: MoDE) -> None:
+    Without `has_head` a part of a network that others go on from: then it gives hidden states in place of a loss.
+    """
+
+    def __init__(self, model: MoDE, *, has_head: bool = True) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.has_head = model, has_head
 
     def forward(
         self,
@@ -102,8 +112,13 @@ class Objective(nn.Module):
         *,
         distillation: float = 0.0,
         temperature: float = 1.0,
-    ) -> tuple[HeadLoss, list[RouterStats]]:
-        h_TD, stats = hidden_states(self.model, batch)
+        x_BSD: Tensor | None = None,
+    ) -> tuple[HeadLoss | Tensor, list[RouterStats]]:
+        """`x_BSD`: what the part of the network before this one made of the batch."""
+        h_BSD, stats = _decode(self.model, batch, x_BSD)
+        if not self.has_head:
+            return h_BSD, stats
+        h_TD = h_BSD.flatten(0, 1)
         head_VD, labels_T = self.model.lm_head.weight, batch.labels_BS.flatten()
         loss = head_loss(h_TD, head_VD, labels_T, teachers, distillation=distillation, temperature=temperature)
         return loss, stats

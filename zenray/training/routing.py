@@ -21,43 +21,49 @@ _MEANS = {"cutoff_E"}  # over workers and passes; everything else in RouterStats
 class StepRouting:
     """The routing of one optimiser step, pass by pass."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, model: MoDE, mesh: Mesh) -> None:
+        """`model`: this worker's stage of it, where there are several."""
+        self._model, self._mesh = model, mesh
         self._passes = 0
-        self._totals: list[RouterStats] = []  # of each sparse layer, over all workers and the passes so far
+        self._totals: list[RouterStats] = []  # of each sparse layer, over the stage's workers and the passes so far
 
-    def loss(self, model: MoDE, stats: list[RouterStats], step_tokens: int) -> Tensor:
+    def loss(self, stats: list[RouterStats], step_tokens: int) -> Tensor:
         """The balance losses of one pass, as its share of the step's `step_tokens`. Collective: one small sum.
 
         The value is that of the whole batch, the same on every worker; the gradient is this worker's part of it. Loads
         are those of all passes of the step so far (global-batch balancing with accumulation, arXiv 2501.11873).
         """
         if not stats:
-            return torch.zeros((), device=model.lm_head.weight.device)
+            return torch.zeros((), device=self._mesh.device)
         whole = self._over_workers(stats)
         self._passes += 1
         new = [_each(layer, Tensor.detach) for layer in whole]
         self._totals = [_add(*pair) for pair in zip(self._totals, new, strict=True)] if self._totals else new
         loads = [layer.load_E for layer in self._totals]
-        return model.router_loss(whole, loads) * (whole[0].num_tokens.detach() / step_tokens)
+        return self._model.router_loss(whole, loads) * (whole[0].num_tokens.detach() / step_tokens)
 
-    def finish(self, model: MoDE) -> None:
+    def finish(self) -> None:
         """Let the routers learn what they learn without gradients. Once, after the optimiser's step."""
         if self._totals:
             parts = self._passes * self._mesh.of_stage
             means = [{name: getattr(layer, name) for name in _MEANS} for layer in self._totals]
             taken = [{name: value / parts for name, value in one.items() if value is not None} for one in means]
             totals = [layer._replace(**mean) for layer, mean in zip(self._totals, taken, strict=True)]
-            model.model.after_step(totals)
+            self._model.model.after_step(totals)
 
-    def reports(self) -> list[LoadReport]:
-        """How evenly each sparse layer's experts were loaded in this step."""
-        return [load_report(layer.load_E) for layer in self._totals]
-
-    def dropped_tokens(self) -> int:
-        """Tokens that lost at least one expert for want of room, over all sparse layers."""
-        lost = [layer.fallback_tokens for layer in self._totals if layer.fallback_tokens is not None]
-        return round(sum(float(count) for count in lost))
+    def report(self) -> tuple[list[LoadReport], int]:
+        """How evenly each sparse layer's experts were loaded in this step, and how many tokens lost at least one expert
+        for want of room, over all layers of all pipeline stages. Collective."""
+        sparse = sorted(self._model.config.sparse_layers)
+        named = self._model.model.layers.named_children()
+        mine = [sparse.index(int(number)) for number, layer in named if layer.is_sparse]
+        found = torch.zeros(len(sparse), self._model.config.num_experts + 1, device=self._mesh.device)
+        for row, layer in zip(mine, self._totals, strict=True):
+            found[row, :-1] = layer.load_E
+            if layer.fallback_tokens is not None:
+                found[row, -1] = layer.fallback_tokens
+        found = self._mesh.add_up_stages(found)
+        return [load_report(load_E) for load_E in found[:, :-1]], round(float(found[:, -1].double().sum()))
 
     def _over_workers(self, stats: list[RouterStats]) -> list[RouterStats]:
         """Sums over all workers in value; gradients reach this worker's part only."""

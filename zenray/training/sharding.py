@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import Shard
 
+from zenray.model.network import MoDE
 from zenray.training.expert_parallel import expert_banks
 from zenray.training.layout import expert_placement
 from zenray.training.loss import Objective
@@ -40,7 +41,7 @@ def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype, sizes: dict[str,
     for layer in model.model.layers:
         # One part with two groups of weights: a part within it would gather in the midst of what is recomputed.
         fully_shard(layer, mesh=mesh.everyone, shard_placement_fn=placed.get, mp_policy=precision, ignored_params=empty)
-    if not model.config.tie_word_embeddings:
+    if _embeds_apart(model):
         fully_shard(model.model.embed_tokens, mesh=mesh.everyone, mp_policy=precision)
     fully_shard(objective, mesh=mesh.everyone, mp_policy=precision)
     register_fsdp_forward_method(objective, "hidden_states")
@@ -57,11 +58,17 @@ def _order_gathering(objective: Objective) -> None:
 
     FSDP's own order goes by groups of weights: a worker without experts has fewer, and would wait elsewhere.
     """
-    before: nn.Module = objective if objective.model.config.tie_word_embeddings else objective.model.model.embed_tokens
-    for layer in objective.model.model.layers:
+    model = objective.model
+    before: nn.Module = model.model.embed_tokens if _embeds_apart(model) else objective
+    for layer in model.model.layers:
         layer.set_modules_to_backward_prefetch([before])
         before = layer
     objective.set_modules_to_backward_prefetch([before])
+
+
+def _embeds_apart(model: MoDE) -> bool:
+    """Whether there is an embedding, and no head that is the same weight."""
+    return isinstance(model.model.embed_tokens, nn.Embedding) and not model.config.tie_word_embeddings
 
 
 def add_up_gradients(objective: nn.Module, is_last: bool) -> None:

@@ -18,6 +18,7 @@ from zenray.model.router import Router
 from zenray.spec.errors import InvalidValue, suggest
 from zenray.training.expert_parallel import expert_banks
 from zenray.training.mesh import Mesh, chunk
+from zenray.training.stages import is_on_both_ends
 
 Kind = Literal["dense", "router", "expert"]
 
@@ -43,6 +44,7 @@ class Trainable:
     parameter: nn.Parameter
     master: Tensor
     bank: BankPlace | None = None
+    is_on_both_ends: bool = False  # of a pipeline, whose first and last stage use one weight
 
     @property
     def is_sharded(self) -> bool:
@@ -96,7 +98,8 @@ def trainables(
             held = ranges.get(bank)
             place = None if held is None else _place(bank, held, parameter, mesh, learning)
             kind: Kind = "expert" if place else "router" if name in routers else "dense"
-            found.append(Trainable(name, kind, parameter, _master(parameter, dtype), place))
+            on_both = is_on_both_ends(name, model, mesh)
+            found.append(Trainable(name, kind, parameter, _master(parameter, dtype), place, on_both))
     return found
 
 

@@ -7,23 +7,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from zenray.model.balance import RouterStats
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import DistillJob, TrainingJob
 from zenray.training.compiling import compile_layers
+from zenray.training.context_parallel import part_of, share_sequences, top_logits
 from zenray.training.data.stream import Batch
 from zenray.training.expert_parallel import parallelize
 from zenray.training.gradients import GradientNorms, clip_gradients, reduce_gradients
 from zenray.training.loss import HeadLoss, Objective, Taught, TeacherStates, TopStates
 from zenray.training.mesh import Mesh
 from zenray.training.optimizer import decay_partly_frozen, learning_rate, make_optimizer, set_learning_rate
+from zenray.training.passes import EvaluationPasses, StepPasses, accumulate
+from zenray.training.pipeline import Pipeline
 from zenray.training.recompute import recompute
-from zenray.training.routing import StepRouting
-from zenray.training.sharding import add_up_gradients, let_go, shard
+from zenray.training.sharding import let_go, shard
+from zenray.training.stages import keep_stage
 from zenray.training.teachers import TopTeacher
-from zenray.training.trainable import bank_sizes, choose, collect_gradients, publish_masters, trainables
+from zenray.training.trainable import bank_sizes, choose, publish_masters, trainables
 
 Accept = Callable[[float, float], bool]
 """Whether a step with this loss and this gradient norm may change the network."""
@@ -63,7 +67,7 @@ def require_vocabulary(theirs: int, ours: int) -> None:
 
 
 class Trainer:
-    """A network in training on this worker. Cuts `model` to this worker's experts and owns it from then on."""
+    """A network in training on this worker. Cuts `model` to this worker's part and owns it from then on."""
 
     def __init__(
         self,
@@ -82,37 +86,35 @@ class Trainer:
         for teacher, _ in teachers:
             require_vocabulary(teacher.config.vocab_size, model.config.vocab_size)
         dtype = getattr(torch, job.dtype)
+        keep_stage(model, self.mesh)
         self.bank_sizes = bank_sizes(model)
         choose(model, job.train, self.bank_sizes, dtype)
         parallelize(model, self.mesh)
         if job.workers.compiled:
             compile_layers(model, job.activation_checkpointing)
         recompute(model, job.activation_checkpointing)
-        self.objective = self._place(model, dtype, self.bank_sizes)
+        self.objective = self._place(model, dtype, self.bank_sizes, has_head=self.mesh.is_last_stage)
+        self.pipeline = Pipeline(self.mesh, model.config.hidden_size, dtype) if self.mesh.stages > 1 else None
         self.trainables = trainables(model, self.mesh, job.train, self.bank_sizes, dtype)
         self.teachers = [(self._place_teacher(teacher, dtype), weight) for teacher, weight in teachers]
         self.optimizer = make_optimizer(self.trainables, job.optimisation)
 
     def step(self, index: int, batches: Sequence[Batch], accept: Accept = is_finite) -> StepReport:
-        """Train on this worker's batches of step `index`. Collective: all workers pass equally many batches.
+        """Train on this worker's batches of step `index`. Collective: all workers pass equally many batches, and those
+        that share sequences the same, whole ones.
 
         `accept` is told the loss and the gradient norm, the same on every worker; a step that it does not accept
         changes nothing (`was_skipped`).
         """
         self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = self._sum_int(sum(batch.ids_BS.numel() for batch in batches))
-        targets = self._sum_int(sum(batch.num_targets for batch in batches))
-        routing = StepRouting(self.mesh)
-        lm, kl, balance = torch.zeros(3, dtype=torch.double, device=self.mesh.device).unbind()
-        for number, batch in enumerate(batches):
-            add_up_gradients(self.objective, is_last=number + 1 == len(batches))
-            head, stats = self._forward(batch.to(self.mesh.device))
-            of_routers = routing.loss(self.model, stats, tokens)
-            (head.total / max(targets, 1) + of_routers).backward()
-            collect_gradients(self.trainables)
-            lm, kl, balance = lm + head.lm.double(), kl + head.kl.double(), balance + of_routers.detach().double()
-        lm, kl = self.mesh.add_up(torch.stack([lm, kl])) / max(targets, 1)
+        batches = [part_of(batch, self.mesh) for batch in batches]
+        passes = StepPasses(batches, self._forward, self.objective, self.trainables, self.mesh)
+        if self.pipeline is None:
+            accumulate(passes)
+        else:
+            self.pipeline.train(passes)
+        lm, kl, balance = passes.losses()
         rate = learning_rate(index, self.job.steps, self.job.optimisation)
         norms = self._reduce_and_clip()
         distillation = self.job.distillation if isinstance(self.job, DistillJob) else 0.0
@@ -120,7 +122,8 @@ class Trainer:
         is_sound = accept(loss, norms.total)
         if is_sound:
             self._update(rate)
-            routing.finish(self.model)
+            passes.routing.finish()
+        layers, dropped_tokens = passes.routing.report()
         return StepReport(
             step=index,
             loss=loss,
@@ -130,12 +133,12 @@ class Trainer:
             gradient_norm=norms.total,
             gradient_norms=norms.by_kind,
             learning_rate=rate,
-            tokens=tokens,
+            tokens=passes.tokens,
             was_skipped=not is_sound,
-            entropy_ratios=tuple(layer.entropy_ratio for layer in routing.reports()),
-            max_violations=tuple(layer.max_violation for layer in routing.reports()),
-            loads=tuple(layer.load for layer in routing.reports()),
-            dropped_tokens=routing.dropped_tokens(),
+            entropy_ratios=tuple(layer.entropy_ratio for layer in layers),
+            max_violations=tuple(layer.max_violation for layer in layers),
+            loads=tuple(layer.load for layer in layers),
+            dropped_tokens=dropped_tokens,
         )
 
     @torch.no_grad()
@@ -143,41 +146,46 @@ class Trainer:
         """Mean next-token loss over all workers' targets. Collective, like `step`. `objective`: a teacher's instead."""
         objective = self.objective if objective is None else objective
         objective.eval()
-        total = torch.zeros(2, dtype=torch.double, device=self.mesh.device)
-        for batch in batches:
-            loss, _ = objective(batch.to(self.mesh.device))
-            total[0] += loss.lm.double()
-            total[1] += batch.num_targets
+        passes = EvaluationPasses([part_of(batch, self.mesh) for batch in batches], objective, self.mesh)
+        if self.pipeline is not None and objective is self.objective:
+            self.pipeline.evaluate(passes)
+        elif self.mesh.is_last_stage:  # where teachers are
+            for number in range(len(batches)):
+                passes.forward(number)
         let_go(objective)
-        total = self.mesh.add_up(total)
-        return float(total[0] / total[1].clamp(min=1))
+        return passes.loss()
 
-    def _place(self, model: MoDE, dtype: torch.dtype, sizes: dict[str, int]) -> Objective:
-        """On this worker's device, and cut where weights are sharded."""
-        objective = Objective(model.to(self.mesh.device))
+    def _place(self, model: MoDE, dtype: torch.dtype, sizes: dict[str, int], *, has_head: bool = True) -> Objective:
+        """On this worker's device, seeing whole sequences, and cut where weights are sharded."""
+        share_sequences(model, self.mesh)
+        objective = Objective(model.to(self.mesh.device), has_head=has_head)
         shard(objective, self.mesh, dtype, sizes)
         return objective
 
     def _place_teacher(self, teacher: MoDE, dtype: torch.dtype) -> Objective:
         teacher.eval().requires_grad_(False)
+        if not self.mesh.is_last_stage:  # which alone asks it: here its shape is enough
+            return Objective(teacher.to("meta"))
         sizes = bank_sizes(teacher)
         if self.mesh.fully_sharded:
             parallelize(teacher, self.mesh)
         return self._place(teacher, dtype, sizes)
 
-    def _forward(self, batch: Batch) -> tuple[HeadLoss, list[RouterStats]]:
-        if not isinstance(self.job, DistillJob):
-            return self.objective(batch)
+    def _forward(self, batch: Batch, x_BSD: Tensor | None) -> tuple[HeadLoss | Tensor, list[RouterStats]]:
+        if not isinstance(self.job, DistillJob) or not self.mesh.is_last_stage:
+            return self.objective(batch, x_BSD=x_BSD)
         states: list[Taught] = []
         for teacher, weight in self.teachers:
             with torch.no_grad():
                 states.append(TeacherStates(teacher.hidden_states(batch), teacher.model.lm_head.weight, weight))
         for kept, weight in self.kept_teachers:
-            top = kept.top_logits(batch)
+            top = top_logits(kept, batch, self.mesh)
             device = self.mesh.device
             moved = top._replace(ids_TN=top.ids_TN.to(device), log_probs_TN=top.log_probs_TN.to(device))
             states.append(TopStates(moved, weight))
-        found = self.objective(batch, states, distillation=self.job.distillation, temperature=self.job.temperature)
+        found = self.objective(
+            batch, states, distillation=self.job.distillation, temperature=self.job.temperature, x_BSD=x_BSD
+        )
         for teacher, _ in self.teachers:
             let_go(teacher)
         return found
@@ -194,6 +202,3 @@ class Trainer:
         decay_partly_frozen(self.trainables, self.job.optimisation, rate)
         self.optimizer.step()
         publish_masters(self.trainables)
-
-    def _sum_int(self, count: int) -> int:
-        return int(self.mesh.add_up(torch.tensor(count, dtype=torch.int64, device=self.mesh.device)))

@@ -1,0 +1,121 @@
+"""A pipeline is the same computation: losses, gradients, norms, weights and selection biases of stages on gloo ranks,
+alone and with experts, replicas and cut weights within them, equal those of one process, with uneven batches, several
+passes, and a head that is the embedding too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from tests.parity.pipeline_ranks import CASES, LAYOUTS, Found, Layout, cases_of, run_case, spawn
+from tests.parity.training_ranks import Part, check_ratio, whole
+
+pytestmark = [pytest.mark.parity, pytest.mark.timeout(900)]  # the first question to four ranks runs all their cases
+
+KEYS = [(name, world, layout) for world, some in LAYOUTS.items() for layout in some for name in cases_of(world, layout)]
+RanksOf = Callable[[str, int, Layout], list[Found]]
+every_layout = pytest.mark.parametrize(("name", "world", "layout"), KEYS, ids=str)
+
+
+@pytest.fixture(scope="module")
+def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> RanksOf:
+    """What the ranks found in a case; all cases of a number of ranks are run at the first question."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    @cache
+    def run(world: int) -> dict[tuple[str, Layout], list[Found]]:
+        return spawn(world, folder / str(world))
+
+    return lambda name, world, layout: run(world)[name, layout]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Found]:
+    return {name: run_case(case) for name, case in CASES.items()}
+
+
+def tolerance(name: str) -> float:
+    return 5e-3 if CASES[name].dtype == "bfloat16" else 1e-5
+
+
+def parts_of(ranks: list[Found], what: str) -> dict[str, torch.Tensor]:
+    """Whole tensors by name, of all stages; where two stages have one, it must be equal."""
+    names = {name for one in ranks for name in getattr(one, what)}
+    return {name: whole([one for one in ranks if name in getattr(one, what)], what, name) for name in names}
+
+
+@every_layout
+def test_every_gradient(ranks_of: RanksOf, alone, name: str, world: int, layout: Layout) -> None:
+    reference = alone[name].gradients
+    found = parts_of(ranks_of(name, world, layout), "gradients")
+    assert found.keys() == reference.keys()
+    for parameter, gradient in reference.items():
+        check_ratio(parameter, found[parameter], gradient.values, tolerance(name))
+
+
+@every_layout
+def test_losses_and_norms(ranks_of: RanksOf, alone, name: str, world: int, layout: Layout) -> None:
+    ranks = ranks_of(name, world, layout)
+    for one in ranks:
+        assert [float(loss) for loss in one.outputs] == pytest.approx(
+            [float(loss) for loss in alone[name].outputs], rel=tolerance(name)
+        )
+        assert one.norms == pytest.approx(alone[name].norms, rel=tolerance(name))
+        assert one.report == ranks[0].report, "the reports of a step are the same on every worker, bit for bit"
+        for value in ("loss", "lm_loss", "kl", "balance", "tokens", "entropy_ratios", "max_violations"):
+            assert getattr(one.report, value) == pytest.approx(
+                getattr(alone[name].report, value), rel=tolerance(name)
+            ), value
+        assert len(one.report.loads) == len(CASES[name].config.sparse_layers)
+
+
+@every_layout
+def test_updated_weights_and_selection_biases(ranks_of: RanksOf, alone, name: str, world: int, layout: Layout) -> None:
+    ranks = ranks_of(name, world, layout)
+    # Adam divides by √v: where a gradient is nearly zero, its rounding moves the weight, by the learning rate at most.
+    absolute = 4e-4 if CASES[name].optimizer == "adamw" else tolerance(name)
+    found = parts_of(ranks, "weights")
+    assert found.keys() == alone[name].weights.keys()
+    for parameter, weight in alone[name].weights.items():
+        torch.testing.assert_close(found[parameter], weight.values, rtol=0, atol=absolute)
+    of_stage = world // layout.stages
+    biases = [bias for one in ranks[::of_stage] for bias in one.loads]
+    assert len(biases) == len(alone[name].loads)
+    assert all(torch.equal(*pair) for pair in zip(biases, alone[name].loads, strict=True))
+
+
+def test_a_stage_holds_its_layers_alone(ranks_of: RanksOf) -> None:
+    """The first stage has the embedding, the last the norm and the head, which tied is the embedding again."""
+    for name, head in (("head apart", "lm_head"), ("tied head, clipped, with a teacher", "model.embed_tokens")):
+        stages = [named_parts(one.weights) for one in ranks_of(name, 4, Layout(4))]
+        assert [sorted(part for part in stage if "layers" in part) for stage in stages] == [
+            ["model.layers.0"],
+            ["model.layers.1"],
+            ["model.layers.2", "model.layers.3"],
+            ["model.layers.4"],
+        ]
+        assert [sorted(part for part in stage if "layers" not in part) for stage in stages] == [
+            ["model.embed_tokens"],
+            [],
+            [],
+            sorted([head, "model.norm"]),
+        ]
+
+
+def named_parts(weights: dict[str, Part]) -> set[str]:
+    return {".".join(name.split(".")[: 3 if "layers" in name else -1]) for name in weights}
+
+
+def test_the_cases_test_something(alone) -> None:
+    """Gradients reach all that learns, a teacher and balance losses count, and clips bind."""
+    for name in ("head apart", "tied head, clipped, with a teacher"):
+        assert all(gradient.values.any() for gradient in alone[name].gradients.values())
+        assert alone[name].report.balance > 0.01
+    taught = alone["tied head, clipped, with a teacher"]
+    assert taught.report.kl > 0.01 and len(taught.outputs) == 5
+    squares = sum(float(gradient.values.double().square().sum()) for gradient in taught.gradients.values())
+    assert math.sqrt(squares) == pytest.approx(0.5, rel=1e-4) and taught.norms["total"] > 0.5
