@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     2: (Layout(2), Layout(2, 2), Layout(2, 1, True)),
-    4: (Layout(2), Layout(2, 2), Layout(2, 4), Layout(4), Layout(4, 2), Layout(4, 2, True)),
+    4: (Layout(2), Layout(2, 2), Layout(4), Layout(4, 2, True)),
 }
 
 
