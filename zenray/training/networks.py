@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from zenray.model.config import MoDEConfig
 from zenray.model.hf.configuration import ZenModeConfig
-from zenray.model.network import MoDE, initialize
+from zenray.model.network import MoDE, initialize_module
 from zenray.model.upcycling.source import DenseSource
 from zenray.model.weights import INDEX_NAME, TensorFolder, TensorPlan, TensorWriter
 from zenray.spec.errors import InvalidValue
 from zenray.training.trainable import named_tensors
 
 TOKENIZER_NAME = "tokenizer.json"
+
+Keep = Callable[[MoDE], None]
+"""Takes parts of a network away, in place, before there is memory for any."""
 
 
 @dataclass(frozen=True)
@@ -64,36 +67,52 @@ class Checkpoint:
         """The dtype in which a tensor is kept here. NotFound."""
         return TensorFolder(self.folder).plan(name).dtype
 
-    def network(self, dtype: torch.dtype = torch.float32) -> MoDE:
-        """The network with its weights. CorruptData, NotFound for a missing tensor."""
-        model = _empty_network(self.config).to(dtype)
+    def outline(self) -> MoDE:
+        """The network without memory, on the meta device."""
+        with torch.device("meta"):
+            return MoDE(self.config)
+
+    def network(self, dtype: torch.dtype = torch.float32, keep: Keep | None = None) -> MoDE:
+        """The network, or what `keep` leaves of it, with its weights. CorruptData, NotFound for a missing tensor."""
+        model = self._empty_network(keep).to(dtype)
         tensors = TensorFolder(self.folder)
         with torch.no_grad():
             for name, target in named_tensors(model).items():
                 target.copy_(tensors.read(name))
         return model
 
-    def fresh_network(self, seed: int) -> MoDE:
-        """A network of this shape with new weights, in float32."""
-        model = _empty_network(self.config)
+    def fresh_network(self, seed: int, keep: Keep | None = None) -> MoDE:
+        """A network of this shape, or what `keep` leaves of it, with new weights, in float32.
+
+        Weights are drawn in the whole network's order, so that no part of it depends on what else is kept.
+        """
+        model = self._empty_network(keep)
         for norm in (part for name, part in model.named_parameters() if "norm" in name):
-            torch.nn.init.ones_(norm)
+            nn.init.ones_(norm)
         for buffer in model.buffers():
             buffer.zero_()
+        kept = dict(model.named_modules())
+        if self.config.tie_word_embeddings:  # one weight, drawn as the head's
+            kept["lm_head"] = kept["model.embed_tokens"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            initialize(model, self.config.initializer_range)
+            for name, part in self.outline().named_modules():
+                mine = kept.get(name)
+                if mine is None or (isinstance(mine, nn.Identity) and not isinstance(part, nn.Identity)):
+                    mine = part.to_empty(device="cpu", recurse=False)
+                initialize_module(mine, self.config.initializer_range)
+                part.to_empty(device="meta", recurse=False)
         return model
 
-
-def _empty_network(config: MoDEConfig) -> MoDE:
-    """Without the time that initialising takes."""
-    with torch.device("meta"):
-        model = MoDE(config)
-    model = model.to_empty(device="cpu")
-    if config.tie_word_embeddings:  # to_empty made two tensors of it
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
+    def _empty_network(self, keep: Keep | None) -> MoDE:
+        """Without the time that initialising takes."""
+        model = self.outline()
+        if keep is not None:
+            keep(model)
+        model = model.to_empty(device="cpu")
+        if self.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):  # to_empty made two tensors of it
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
 
 
 def write_checkpoint(

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from zenray.model.hf.export import STOCK_FORMATS, choose_target, export
 from zenray.model.weights import TensorPlan
-from zenray.spec.errors import Conflict, InvalidValue, ZenrayError
+from zenray.spec.errors import Conflict, ZenrayError
 from zenray.spec.jobs import job_id
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import DistillJob, TrainingJob
@@ -39,6 +39,7 @@ from zenray.training.events import EventPlace
 from zenray.training.loop import HISTORY_NAME, Event, identities_in, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.report import REPORT_NAME, write_report
+from zenray.training.stages import check_stages
 from zenray.training.worker import train_worker
 
 
@@ -56,7 +57,6 @@ def run(
     checkpoint, and the result is the same. Raises NotFound for an unknown base or teacher, InvalidValue for what cannot
     be trained, Conflict when `job.into` exists and is another job's, ZenrayError when the run ends without a result.
     """
-    _check_axes(job)
     store = open_store(storage)
     job = pin(job, store)
     name = job_id(job)
@@ -69,6 +69,7 @@ def run(
             )
         return existing
     base = Checkpoint.open(fetch(store, pinned(job.base, store), work_dir / "versions", progress=progress))
+    check_stages(base.config, job.train, job.workers.pipeline_parallel)
     if job.stock_format != "none":  # what cannot be said is refused before the training, not after
         choose_target(base.config, replicate_dense=job.stock_format == "replicate")
     with _held(work_dir / "runs" / f"{name}.lock", name):
@@ -103,18 +104,6 @@ def _tokenise(job: TrainingJob, base: Checkpoint, storage: StorageSettings) -> T
         return None
     filesystem, path = checkpoint_place(storage)
     return tokenise_on_cluster(job.data, base.tokenizer_file, base.end_token, filesystem, f"{path}/tokens")
-
-
-def _check_axes(job: TrainingJob) -> None:
-    """InvalidValue for axes that can be planned (`zenray plan`) and that this trainer does not have."""
-    for name in ("pipeline_parallel", "context_parallel"):
-        size = getattr(job.workers, name)
-        if size > 1:
-            raise InvalidValue(
-                f"workers.{name} is {size}, and the trainer does not share layers or sequences among workers yet.",
-                hint=f"Leave {name} out; fully_sharded and expert_parallel share weights.",
-                param=name,
-            )
 
 
 def _fit(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from zenray.catalog.memory import stage_layers
+from zenray.model.config import MoDEConfig
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.training.mesh import Mesh
@@ -27,17 +28,30 @@ class StageLayers(nn.Module):
         return len(self._modules)
 
 
-def layers_of_stage(layers: int, mesh: Mesh) -> range:
-    """The numbers of this worker's stage's layers, out of all. InvalidValue where there are more stages."""
-    if mesh.stages > layers:
+def layers_of(stage: int, layers: int, stages: int) -> range:
+    """The numbers of a stage's layers, as the planner reckons. InvalidValue where there are more stages than layers."""
+    if stages > layers:
         raise InvalidValue(
-            f"{layers} layers cannot be shared by {mesh.stages} pipeline stages: each needs one at least.",
+            f"{layers} layers cannot be shared by {stages} pipeline stages: each needs one at least.",
             hint=f"Use a pipeline_parallel of at most {layers}.",
             param="pipeline_parallel",
         )
-    counts = stage_layers(layers, mesh.stages)
-    first = sum(counts[: mesh.stage])
-    return range(first, first + counts[mesh.stage])
+    counts = stage_layers(layers, stages)
+    first = sum(counts[:stage])
+    return range(first, first + counts[stage])
+
+
+def check_stages(config: MoDEConfig, train: Sequence[str], stages: int) -> None:
+    """InvalidValue for stages that a network does not have layers for, or of which one would learn nothing."""
+    for stage in range(stages):
+        mine = layers_of(stage, config.num_hidden_layers, stages)
+        if stages > 1 and "dense" not in train and not any(layer in config.sparse_layers for layer in mine):
+            raise InvalidValue(
+                f"Stage {stage + 1} of {stages} would have layers {mine.start} to {mine.stop - 1} alone, which are "
+                f"dense: nothing of it is in {', '.join(train)}.",
+                hint="Use a smaller pipeline_parallel, or train dense weights too.",
+                param="pipeline_parallel",
+            )
 
 
 def keep_stage(model: MoDE, mesh: Mesh) -> None:
@@ -49,7 +63,7 @@ def keep_stage(model: MoDE, mesh: Mesh) -> None:
     layers = model.model.layers
     if mesh.stages == 1 or isinstance(layers, StageLayers):
         return
-    model.model.layers = StageLayers(layers, layers_of_stage(len(layers), mesh))  # type: ignore[assignment]
+    model.model.layers = StageLayers(layers, layers_of(mesh.stage, len(layers), mesh.stages))  # type: ignore[assignment]
     if not mesh.is_last_stage:
         model.model.norm = nn.Identity()  # type: ignore[assignment]
         model.lm_head = nn.Identity()  # type: ignore[assignment]

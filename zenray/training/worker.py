@@ -27,6 +27,7 @@ from zenray.training.mesh import Mesh
 from zenray.training.metrics import watched
 from zenray.training.networks import Checkpoint
 from zenray.training.notice import Notice, watch_in_actor
+from zenray.training.stages import keep_stage
 from zenray.training.teachers import Ask, EndpointAnswers, NetworkAnswers, TopTeacher
 from zenray.training.trainer import Trainer, require_vocabulary
 from zenray.training.uploads import RayRecorder
@@ -42,7 +43,13 @@ def train_worker(about: dict[str, Any]) -> None:
     store = open_store(StorageSettings.model_validate(about["storage"]))
     workers = job.workers
     device = "cuda" if workers.gpu else "cpu"
-    mesh = Mesh.create(workers.expert_parallel, device, fully_sharded=workers.fully_sharded)
+    mesh = Mesh.create(
+        workers.expert_parallel,
+        device,
+        fully_sharded=workers.fully_sharded,
+        context_size=workers.context_parallel,
+        stages=workers.pipeline_parallel,
+    )
     trainer, data = assemble(job, store, work_dir, mesh, about["shards"])
     rank = context.get_world_rank()
     recorder = RayRecorder(work_dir / "scratch" / f"{about['run']}-{rank}", job.checkpoints)
@@ -69,17 +76,21 @@ def assemble(
     """The trainer and the data of a job whose versions are pinned. Downloads, tokenises unless it gets `shards`;
     blocks."""
     base = Checkpoint.open(_fetch(job.base, store, work_dir))
-    model = base.network() if job.weights == "base" else base.fresh_network(job.seed)
-    teachers, kept = _teachers(job, store, work_dir, model.config.vocab_size)
+    keep = partial(keep_stage, mesh=mesh)
+    model = base.network(keep=keep) if job.weights == "base" else base.fresh_network(job.seed, keep)
+    teachers, kept = _teachers(job, store, work_dir, model.config.vocab_size, mesh)
     trainer = Trainer(model, job, mesh, teachers, kept)
     tokens = prepare(job.data, base.tokenizer_file, base.end_token, job.seed, work_dir / "tokens", shards)
     return trainer, TrainingSet.open(job, tokens)
 
 
 def _teachers(
-    job: TrainingJob, store: ObjectStore, work_dir: Path, vocab_size: int
+    job: TrainingJob, store: ObjectStore, work_dir: Path, vocab_size: int, mesh: Mesh
 ) -> tuple[list[tuple[MoDE, float]], list[tuple[TopTeacher, float]]]:
-    """Networks that run beside the student, and those whose answers are kept; with their weights, which sum to 1."""
+    """Networks that run beside the student, and those whose answers are kept; with their weights, which sum to 1.
+
+    Only the last pipeline stage, which asks them, has networks in memory.
+    """
     networks: list[tuple[MoDE, float]] = []
     kept: list[tuple[TopTeacher, float]] = []
     if not isinstance(job, DistillJob):
@@ -95,7 +106,8 @@ def _teachers(
             assert teacher.version is not None
             folder = _fetch(teacher.version, store, work_dir)
             if count is None:
-                networks.append((Checkpoint.open(folder).network(dtype), weight))
+                teaching = Checkpoint.open(folder)
+                networks.append((teaching.network(dtype) if mesh.is_last_stage else teaching.outline(), weight))
                 continue
             require_vocabulary(Checkpoint.open(folder).config.vocab_size, vocab_size)
             answers = NetworkAnswers(partial(Checkpoint.open(folder).network, dtype), count, job.temperature)
