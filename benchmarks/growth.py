@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks.stand_in import MODEL, Standing, gateway_up, key_name, upstream_
 CLIENTS = 16
 FILLING_CLIENTS = 64
 TENTHS = 10
+MOST_FILLING_S = 1200
 STANDINGS = {"10 keys, 1 deployment": (10, 1), "10,000 keys": (10_000, 1), "100 deployments": (10, 100)}
 SCRIPT = """
 wrk.method = "POST"
@@ -56,14 +58,17 @@ class Grown:
         self.cpu_us.append((self._cpu_s() - before_s) / requests * 1e6)
         self.requests += requests
 
-    def fill(self, requests: int) -> list[tuple[int, int]]:
-        """(requests answered, resident bytes) every tenth of so many requests."""
+    def fill(self, requests: int, most_s: float) -> list[tuple[int, int]]:
+        """(requests answered, resident bytes) every tenth of so many requests; fewer when `most_s` is over."""
         noted: list[tuple[int, int]] = []
-        answered = 0
-        while len(noted) < TENTHS:
+        answered, until_s = 0, time.monotonic() + most_s
+        while answered < requests and time.monotonic() < until_s:
             answered += wrk(self.url, FILLING_CLIENTS, 5, self.script).requests
-            while len(noted) < TENTHS and answered >= requests * (len(noted) + 1) // TENTHS:
+            if answered >= requests * (len(noted) + 1) // TENTHS:
                 noted.append((answered, self.process.memory_info().rss))
+                print(f"{time.strftime('%H:%M:%S')}  {answered:,} of {requests:,} requests", flush=True)
+        if not noted or noted[-1][0] < answered:
+            noted.append((answered, self.process.memory_info().rss))
         return noted
 
     def _cpu_s(self) -> float:
@@ -94,7 +99,7 @@ def main() -> None:
             if number == 0:  # warm: every key, model and connection has been met
                 for one in grown.values():
                     one.cpu_us.clear()
-        memory = few.fill(filling)
+        memory = few.fill(filling, MOST_FILLING_S)
     report(grown, few, many_keys, many_deployments, memory, rounds)
 
 
