@@ -133,6 +133,28 @@ def test_an_early_stage_keeps_the_activations_of_more_passes() -> None:
         job(workers={"count": 8, "expert_parallel": 1, "pipeline_parallel": 3})
 
 
+def test_stages_keep_room_for_what_all_passes_bring_from_their_neighbours() -> None:
+    asked = recipe("zen-480b")
+    twice = asked.model_copy(update={"sequences_per_step": 2 * asked.sequences_per_step})
+    plans = [plan_training(one, CATALOG).stages for one in (asked, twice)]
+    grown = [more.loss.buffers - less.loss.buffers for less, more in zip(*plans, strict=True)]
+    one_pass = 4096 * CATALOG.get("zen-480b").dimensions.hidden_size * 2  # type: ignore[union-attr]
+    assert grown == [16 * one_pass, *[2 * 16 * one_pass] * 6, 16 * one_pass]
+
+
+def test_with_fewer_passes_than_stages_every_stage_keeps_them_all_and_teachers_run_beside_the_last() -> None:
+    workers = {"count": 8, "expert_parallel": 1, "pipeline_parallel": 8}
+    for passes, kept in ((2, [2] * 8), (8, [8, 7, 6, 5, 4, 3, 2, 1])):
+        stages = plan_training(job(workers=workers, sequences_per_step=passes), CATALOG).stages
+        in_flight = [stage.backward_ends.activations for stage in stages]
+        assert [sorted(set(in_flight)).index(one) for one in in_flight] == [
+            sorted(set(kept)).index(one) for one in kept
+        ]
+    teachers = [{"version": {"model": "zen-14b"}}]
+    held = [stage.loss.teachers for stage in plan_training(job(workers=workers, teachers=teachers), CATALOG).stages]
+    assert held[-1] > 0 and not any(held[:-1])
+
+
 def test_passes_of_a_sharded_step_add_up_whole_gradients() -> None:
     one, two = (plan_training(job(sequences_per_step=n), CATALOG, EIGHT).fullest.loss for n in (8, 16))
     gathered = sum(

@@ -137,6 +137,29 @@ def test_a_worker_that_is_told_to_go_keeps_its_work_and_the_run_comes_back(
     same_result(run, unbroken)
 
 
+@pytest.mark.nightly
+def test_two_stages_make_what_two_workers_do_and_survive_a_kill(
+    ray_session: RaySession, unbroken: Run, tmp_path: Path
+) -> None:
+    """A pipeline of two workers, the teacher beside the second; then the same, with one of them killed."""
+    job = {**JOB, "workers": {"count": 2, "pipeline_parallel": 2, "cpus": 0.5}}
+    run, killed = (Run(tmp_path / name, in_session(ray_session)) for name in ("run", "killed"))
+    assert "published tiny@v1/safetensors" in run.finish(**job)
+    histories = (run.history(), unbroken.history())
+    losses, kl = ([[e[name] for e in steps if e["event"] == "step"] for steps in histories] for name in ("loss", "kl"))
+    for ours, theirs in (losses, kl):
+        torch.testing.assert_close(torch.tensor(ours[:6]), torch.tensor(theirs[:6]), rtol=0, atol=4e-4)
+    assert run.weights().keys() == unbroken.weights().keys()
+    teachers = [[e.get("teacher_0") for e in steps if e["event"] == "evaluation"] for steps in histories]
+    assert teachers[0][0] == pytest.approx(teachers[1][0], rel=1e-5)
+    driver = killed.start(**job)
+    killed.await_event(driver, "step", random.randint(5, 20))
+    random.choice(train_workers(ray_session.record().processes())).kill()
+    finished(driver)
+    assert "resumed" in {event["event"] for event in killed.events}
+    same_result(killed, run)
+
+
 @contextmanager
 def simulated_nodes(home: Path) -> Iterator[tuple[str, Callable[[str], str]]]:
     """(address of a cluster of two nodes, what carries out `add` and `remove`)."""

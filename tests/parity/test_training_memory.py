@@ -34,6 +34,7 @@ from zenray.training.data.stream import Batch, pack
 from zenray.training.layout import local_part
 from zenray.training.loss import hidden_states
 from zenray.training.mesh import Mesh
+from zenray.training.stages import layers_of
 from zenray.training.trainer import Trainer
 
 pytestmark = pytest.mark.parity
@@ -179,6 +180,35 @@ def test_what_the_fullest_of_eight_workers_holds_is_exact(
     layout = layout_of(asked)
     said = step_memory(config.dimensions(), every_layer(config), layout, settings_of(asked, layout)).loss
     assert said.weights + said.moments == nbytes(of_trainer(trainer))  # the first worker's part is never the smaller
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("config", [MIXTURE, replace(MIXTURE, tie_word_embeddings=True)], ids=["apart", "tied"])
+def test_what_the_fullest_worker_of_every_stage_holds_is_exact(
+    group: None,
+    config: MoDEConfig,
+    fully_sharded: bool,
+    expert_parallel: int,
+    stages: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = {
+        "count": WORLD,
+        "expert_parallel": expert_parallel,
+        "fully_sharded": fully_sharded,
+        "pipeline_parallel": stages,
+    }
+    asked = job(workers=workers, sequences_per_step=WORLD * SEQUENCES)
+    layout = layout_of(asked)
+    for stage in range(stages):
+        monkeypatch.setattr(Mesh, "stage", stage)
+        mesh = Mesh.create(expert_parallel, fully_sharded=fully_sharded, stages=stages)
+        trainer = Trainer(MoDE(config), asked, mesh)
+        layers = layers_of(stage, config.num_hidden_layers, stages)
+        said = step_memory(config.dimensions(), layers, layout, settings_of(asked, layout)).loss
+        assert said.weights + said.moments == nbytes(of_trainer(trainer))
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["loop", "kernel"])

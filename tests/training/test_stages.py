@@ -11,14 +11,19 @@ import pytest
 import torch
 
 from tests.training.tiny import CONFIG, write_version
+from zenray.catalog.catalog import Catalog
 from zenray.model.config import MoDEConfig
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
+from zenray.spec.jobs import load_job
+from zenray.spec.parallelism import Axes, check_axes
+from zenray.spec.training import PretrainJob
 from zenray.training.mesh import Mesh
 from zenray.training.networks import Checkpoint
 from zenray.training.stages import check_stages, keep_stage, layers_of
 from zenray.training.trainable import named_tensors
 
+ROOT = Path(__file__).parents[2]
 FIVE = replace(CONFIG, num_hidden_layers=5, sparse_layers=(1, 3, 4))
 DENSE_PARTS = ("dense", "routers", "experts")
 
@@ -63,6 +68,19 @@ def test_stages_are_parts_of_the_whole_network(tmp_path: Path, tied: bool, stage
             assert not {name for name in seen & part.keys() if "layers" in name}, "a layer is on one stage alone"
             seen |= part.keys()
         assert seen == expected.keys()
+
+
+def test_the_largest_recipes_stages_are_taken() -> None:
+    """jobs/zen-480b.yaml: data x pipeline x expert parallel, on the catalog's dimensions."""
+    job = load_job(ROOT / "jobs" / "zen-480b.yaml")
+    assert isinstance(job, PretrainJob)
+    dimensions = Catalog.load().get(job.base.model).dimensions
+    assert dimensions is not None
+    config = replace(CONFIG, num_hidden_layers=dimensions.layers, sparse_layers=tuple(sorted(dimensions.sparse_layers)))
+    check_stages(config, job.train, job.workers.pipeline_parallel)
+    check_axes(job.workers.count, job.workers.axes)
+    assert job.workers.axes == Axes(pipeline=8, expert=32)
+    assert job.workers.axes.replicas(job.workers.count) == 2 and job.workers.fully_sharded
 
 
 def test_a_stage_is_kept_once() -> None:

@@ -152,13 +152,15 @@ def _passes(job: TrainingJob, layout: TrainingLayout) -> int:
 def _stages(
     dimensions: ModelDimensions, layout: TrainingLayout, settings: Settings, teachers: Sequence[ModelDimensions]
 ) -> tuple[StepMemory, ...]:
-    """Of a worker of each pipeline stage. By 1F1B an early stage keeps more passes at once than a late one."""
+    """Of a worker of each pipeline stage. By 1F1B an early stage keeps more passes at once than a late one; with fewer
+    passes than stages each keeps all of them. Teachers run beside the last."""
     found, first = [], 0
     for stage, count in enumerate(stage_layers(dimensions.layers, layout.stages)):
         layers = range(first, first + count)
         first += count
-        at_once = min(settings.passes, layout.stages - stage)
-        found.append(step_memory(dimensions, layers, layout, settings, passes_in_flight=at_once, teachers=teachers))
+        at_once = min(settings.passes, layout.stages - stage if settings.passes >= layout.stages else layout.stages)
+        beside = teachers if first == dimensions.layers else ()
+        found.append(step_memory(dimensions, layers, layout, settings, passes_in_flight=at_once, teachers=beside))
     return tuple(found)
 
 

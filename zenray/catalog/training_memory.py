@@ -198,19 +198,23 @@ def step_memory(
     passes_in_flight: int = 1,
     teachers: Iterable[ModelDimensions] = (),
 ) -> StepMemory:
-    """Of a worker of the stage that has `layers`. `passes_in_flight`: whose activations a stage keeps at once."""
+    """Of a worker of the stage that has `layers`. `passes_in_flight`: whose activations a stage keeps at once.
+
+    `teachers`: those that run beside this stage.
+    """
     kept, gradients, copies, moments = _state(stage_weights(dimensions, layers), layout, settings)
     teachers = list(teachers)
     always = {
         "weights": kept,
         "moments": moments,
-        "buffers": _buffers(dimensions, layers, layout, settings),
+        "buffers": _buffers(dimensions, layers, layout, settings) + _moved(dimensions, layers, settings),
         "teachers": sum(_teacher(teacher, layout, settings) for teacher in teachers),
     }
     saved = [_saved(dimensions, layer, settings) for layer in layers]
     working = [_working(dimensions, layer, settings) for layer in layers]
     before, ends = gradients if settings.accumulates else 0, _ends(dimensions, settings)  # of the passes before
-    others = sum(saved) * (passes_in_flight - 1)
+    made = settings.tokens * dimensions.hidden_size * settings.item_bytes  # a pass's hidden states after these layers
+    others = (sum(saved) + made) * (passes_in_flight - 1)
     logits = _logits(dimensions, settings, len(teachers)) if layers.stop == dimensions.layers else 0
     whole = others + sum(saved) + ends
     return StepMemory(
@@ -329,6 +333,13 @@ def _buffers(dimensions: ModelDimensions, layers: range, layout: TrainingLayout,
     flying = (b + 4) * max(max(of_layer), vocabulary if root else 0)
     accumulated = 4 * (sum(of_layer) + root) if settings.accumulates else 0
     return 2 * b * max(of_layer) + b * root + flying + accumulated
+
+
+def _moved(dimensions: ModelDimensions, layers: range, settings: Settings) -> int:
+    """Room for what neighbouring stages send: hidden states and gradients of all passes of a step, as
+    torch.distributed.pipelining keeps it."""
+    ends = (layers.start == 0) + (layers.stop == dimensions.layers)
+    return (2 - ends) * settings.passes * settings.tokens * dimensions.hidden_size * settings.item_bytes
 
 
 def _gathered(weights: Iterable[Weight], layout: TrainingLayout) -> int:
