@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zenray.spec.errors import InvalidValue
-from zenray.spec.parallelism import Axes, check_axes, divisors, most_workers, near_counts
+from zenray.spec.parallelism import Axes, check_axes, check_sequence, divisors, most_workers, near_counts
 from zenray.spec.training import Workers
 
 sizes = st.integers(1, 6)
@@ -71,3 +73,16 @@ def test_a_job_file_is_held_to_the_same_rule() -> None:
     with pytest.raises(ValueError, match=r"3 workers cannot form expert groups of 2.*expert_parallel can be 1, 3"):
         Workers(count=3, expert_parallel=2)
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+@given(st.integers(8, 4096), st.integers(1, 16))
+def test_a_sequence_that_is_refused_is_told_lengths_that_are_not(tokens: int, context: int) -> None:
+    if context == 1 or tokens % (2 * context) == 0:
+        check_sequence(tokens, context)
+        return
+    with pytest.raises(InvalidValue) as refused:
+        check_sequence(tokens, context)
+    numbers = [int(found.replace(",", "")) for found in re.findall(r"\d[\d,]*(?= or| tokens)", str(refused.value.hint))]
+    assert numbers
+    for legal in numbers:
+        check_sequence(legal, context)

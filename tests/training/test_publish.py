@@ -56,6 +56,7 @@ def test_the_version_is_the_trained_network_in_the_bases_layout(store, tmp_path)
     assert manifest.metadata["run"] == about[1] and json.loads(manifest.metadata["job"])["base"]["version"] == "v0"
     validation = json.loads(manifest.metadata["validation"])
     assert validation["count"]["after"]["loss"] < validation["count"]["before"]["loss"]
+    assert all(0 < ratio <= 1 for ratio in json.loads(manifest.metadata["entropy_ratios"]))
     tensors = TensorFolder(fetch(store, manifest.ref, tmp_path / "cache"))
     assert tensors.names == TensorFolder(tmp_path / "v0").names
     for one in trainer.trainables:

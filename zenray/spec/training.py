@@ -71,6 +71,12 @@ class Optimisation(Document):
     final_share: float = Field(0.1, ge=0, le=1, description="The last step's learning rate, as a share of the highest.")
     warmup_steps: int = Field(10, ge=0)
     router_scale: Positive = Field(1.0, description="Routers learn at this multiple of the learning rate.")
+    balance_coefficient: float | None = Field(
+        None,
+        ge=0,
+        description="Of the routers' balance loss in this job; None: the network's own. Few steps need a large one: "
+        "the loss has no gradient where experts are evenly loaded.",
+    )
     weight_decay: float = Field(0.1, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)

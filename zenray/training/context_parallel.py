@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zenray.model.attention import Attention
+from zenray.model.config import MoDEConfig
 from zenray.model.distillation import TopLogits
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
@@ -63,19 +64,21 @@ def own_places(length: int, workers: int, rank: int) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * workers - 1 - rank]])
 
 
-def share_sequences(model: MoDE, mesh: Mesh) -> None:
-    """Let attention see whole sequences, in place. No collective. Nothing is done for a group of one.
-
-    InvalidValue for spatial experts, whose grid knows whole sequences only.
-    """
-    if mesh.context_size == 1:
-        return
-    if any(group.kind == "spatial" for group in model.config.expert_groups):
+def check_experts(config: MoDEConfig, workers: int) -> None:
+    """InvalidValue for spatial experts, whose grid knows whole sequences only, where workers share each."""
+    if workers > 1 and any(group.kind == "spatial" for group in config.expert_groups):
         raise InvalidValue(
-            f"Spatial experts need whole sequences, and {mesh.context_size} workers share each.",
+            f"Spatial experts need whole sequences, and {workers} workers share each.",
             hint="Leave context_parallel out: fully_sharded and expert_parallel share weights.",
             param="context_parallel",
         )
+
+
+def share_sequences(model: MoDE, mesh: Mesh) -> None:
+    """Let attention see whole sequences, in place. No collective. Nothing is done for a group of one. InvalidValue."""
+    check_experts(model.config, mesh.context_size)
+    if mesh.context_size == 1:
+        return
     for attention in [part for part in model.modules() if isinstance(part, Attention)]:
         attention.attend = partial(_attend, mesh)  # type: ignore[method-assign]
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import pyarrow.fs
 import ray
+import torch
 from filelock import FileLock, Timeout
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from zenray.model.balance import load_report
 from zenray.model.hf.export import STOCK_FORMATS, choose_target, export
 from zenray.model.weights import TensorPlan
 from zenray.spec.errors import Conflict, ZenrayError
@@ -34,6 +36,7 @@ from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, publish
 from zenray.training.checkpointing import read_weight
+from zenray.training.context_parallel import check_experts
 from zenray.training.data.shards import TokenShards, tokenise_on_cluster
 from zenray.training.events import EventPlace
 from zenray.training.loop import HISTORY_NAME, Event, identities_in, read_history
@@ -70,6 +73,7 @@ def run(
         return existing
     base = Checkpoint.open(fetch(store, pinned(job.base, store), work_dir / "versions", progress=progress))
     check_stages(base.config, job.train, job.workers.pipeline_parallel)
+    check_experts(base.config, job.workers.context_parallel)
     if job.stock_format != "none":  # what cannot be said is refused before the training, not after
         choose_target(base.config, replicate_dense=job.stock_format == "replicate")
     with _held(work_dir / "runs" / f"{name}.lock", name):
@@ -231,6 +235,13 @@ def _plans(base: Checkpoint, folder: Path) -> list[TensorPlan]:
     return found
 
 
+def _even(steps: list[Event]) -> list[float]:
+    """H / log E of each sparse layer's load over some steps: a single one of few tokens says little."""
+    taken = [step for step in steps if not step["was_skipped"]]
+    loads = [torch.tensor(step["loads"], dtype=torch.double) * step["tokens"] for step in taken]
+    return [load_report(load_E).entropy_ratio for load_E in torch.stack(loads).sum(dim=0)] if loads else []
+
+
 def _metrics(job: TrainingJob, history: list[Event]) -> dict[str, str]:
     """What the manifest says of the run: data, losses before and after, and how evenly experts were loaded."""
     steps = [event for event in history if event["event"] == "step"]
@@ -239,7 +250,7 @@ def _metrics(job: TrainingJob, history: list[Event]) -> dict[str, str]:
         "data": identities_in(history),
         "tokens": sum(event["tokens"] for event in steps),
         "training_loss": steps[-1]["lm_loss"],
-        "entropy_ratios": steps[-1]["entropy_ratios"],
+        "entropy_ratios": _even(steps[-max(1, len(steps) // 10) :]),
     }
     for event in evaluations:
         when = "before" if event["step"] == 0 else "after" if event["step"] == job.steps else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,9 @@ class Trainer:
         for teacher, _ in teachers:
             require_vocabulary(teacher.config.vocab_size, model.config.vocab_size)
         dtype = getattr(torch, job.dtype)
+        if job.optimisation.balance_coefficient is not None:
+            router = replace(model.config.router, balance_coefficient=job.optimisation.balance_coefficient)
+            model.config = replace(model.config, router=router)
         keep_stage(model, self.mesh)
         self.bank_sizes = bank_sizes(model)
         choose(model, job.train, self.bank_sizes, dtype)
