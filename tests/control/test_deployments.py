@@ -10,13 +10,14 @@ from zenray.catalog.catalog import Catalog
 from zenray.cluster.fake import FakeCluster
 from zenray.control.db.engine import Database
 from zenray.control.deployments.applications import ApplicationFactory, engine_key_of
+from zenray.control.deployments.canaries import CanaryWatch
 from zenray.control.deployments.reconciler import Reconciler
 from zenray.control.deployments.repository import Loaded, events_of, load_all
 from zenray.control.deployments.service import get_deployment, put_deployment, stop_deployment
 from zenray.control.edge.snapshot import render_snapshot
 from zenray.spec.clock import FakeClock
 from zenray.spec.deployments import Autoscaling, DeploymentSpec, DeploymentState
-from zenray.spec.edge import RouteEntry, RouteState, Snapshot
+from zenray.spec.edge import CanaryCount, CanaryReport, RouteEntry, RouteState, Snapshot
 from zenray.spec.errors import ClusterUnavailable, InvalidRequest, NotFound
 from zenray.spec.platform import StorageSettings
 from zenray.spec.serving import ReplicaLaunch, ServeApplication
@@ -37,7 +38,8 @@ class Platform:
         self.database = database
         self.clock = FakeClock()
         self.cluster = FakeCluster(self.clock, start_s=5.0, stop_s=2.0)
-        self.reconciler = Reconciler(database, self.cluster, catalog, self.clock)
+        self.canaries = CanaryWatch()
+        self.reconciler = Reconciler(database, self.cluster, catalog, self.clock, self.canaries)
 
     def put(self, version: str = "1", model: str = MODEL, **changes: object) -> Loaded:
         spec = DeploymentSpec.model_validate({"model": model, "version": version, **changes})
@@ -173,6 +175,38 @@ def test_a_canary_that_breaks_leaves_the_route_and_is_explained(platform: Platfo
     assert route is not None and route.canary is None and route.revision == old.view.wanted
     assert route.state is RouteState.READY and route.endpoints
     assert loaded.view.message is not None and "it ran out of memory" in loaded.view.message
+
+
+def test_a_canary_whose_answers_fail_leaves_the_route_until_it_is_asked_for_again(platform: Platform) -> None:
+    old = platform.put("1")
+    platform.rounds(8)
+
+    def tried() -> tuple[str, float]:
+        platform.put("2", canary={"weight": 0.25, "for_s": 600})
+        platform.rounds(9)
+        route = platform.route()
+        assert route is not None and route.canary is not None
+        return route.canary.revision, route.canary.since
+
+    def tell(gateway: str, boot: str, requests: int, failed: int) -> None:
+        count = CanaryCount(revision=trial[0], since=trial[1], requests=requests, failed=failed)
+        platform.canaries.take(CanaryReport(gateway_id=gateway, boot_id=boot, canaries=(count,)), platform.clock.now())
+        platform.rounds(1)
+
+    trial = tried()
+    tell("g1", "b1", 30, 1)
+    tell("g1", "b1", 31, 1)  # totals, not told again
+    assert (route := platform.route()) is not None and route.canary is not None
+    tell("g2", "b1", 20, 1)
+    tell("g1", "b2", 5, 1)  # a new start of the first
+    route, loaded = platform.route(), platform.look()
+    assert route is not None and route.canary is None and route.revision == old.view.wanted
+    assert route.state is RouteState.READY and route.endpoints
+    assert loaded.view.message is not None and "failed 3 of 56 requests" in loaded.view.message
+    before, trial = trial, tried()
+    assert trial[0] == before[0] and trial[1] > before[1]
+    platform.rounds(3)
+    assert (route := platform.route()) is not None and route.canary is not None
 
 
 def test_the_same_wish_without_a_canary_promotes_it(platform: Platform) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zenray.control.deployments.canaries import Seen
 from zenray.control.deployments.rollout import (
     DRAIN_SETTLE_S,
     RETRY_FAILED_S,
@@ -15,6 +16,7 @@ from zenray.control.deployments.rollout import (
     DeploymentView,
     Phase,
     RevisionView,
+    canary_fault,
     decide,
     unreachable,
 )
@@ -172,6 +174,45 @@ def test_a_canary_that_fails_gets_nothing_any_more_and_says_why(broken: App) -> 
     assert hurt.message is not None and hurt.message.startswith("b failed, a goes on serving: ")
     assert hurt.message.endswith("out of memory")
     assert decide(hurt, serve(OLD), 9.0 + 10 * RETRY_FAILED_S) == hurt  # not before somebody asks for it again
+
+
+@pytest.mark.parametrize(
+    ("requests", "failed", "goes_on"),
+    [
+        (0, 0, True),
+        (1, 1, True),
+        (2, 2, False),
+        (19, 1, True),
+        (40, 2, True),
+        (40, 3, False),
+        (1000, 50, True),
+        (1000, 51, False),
+    ],
+)
+def test_a_canary_is_judged_by_what_gateways_saw(requests: int, failed: int, goes_on: bool) -> None:
+    after = decide(in_canary(), serve(OLD, NEW), 9.0, Seen(requests, failed))
+    assert phases(after)["b"] is (Phase.CANARY if goes_on else Phase.FAILED)
+    assert phases(after)["a"] is Phase.SERVING and after.state is State.READY
+    if not goes_on:
+        assert after.message == (
+            f"b failed, a goes on serving: As a canary it failed {failed} of {requests} requests, "
+            "and 5% of at least 20 may fail."
+        )
+        # It is not tried again by itself, and its counts do not follow it into its next trial.
+        assert phases(decide(after, serve(OLD, NEW), 9.0 + 2 * RETRY_FAILED_S))["b"] is Phase.FAILED
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.floats(0, 0.99), st.integers(1, 100))
+def test_a_canary_s_bounds(requests: int, failed: int, share: float, least: int) -> None:
+    failed = min(failed, requests)
+    bounds = Canary(max_failed_share=share, min_requests=least)
+    fault = canary_fault(bounds, Seen(requests, failed))
+    if failed == 0:
+        assert fault is None
+    if requests >= least:
+        assert (fault is None) is (failed <= share * requests)
+    if fault is not None:  # however many follow without a failure until there are enough
+        assert canary_fault(bounds, Seen(max(requests, least), failed)) is not None
 
 
 def test_a_canary_that_ray_has_lost_begins_anew() -> None:

@@ -11,6 +11,7 @@ from decimal import Decimal
 from aiohttp import web
 
 from zenray.spec.edge import (
+    CanaryReport,
     Endpoint,
     KeyEntry,
     Lease,
@@ -65,6 +66,7 @@ class FakeControl:
         self.deltas: dict[int, Snapshot] = {}
         self.leases_fail = False
         self.replaced_boots: set[str] = set()  # get 409 for leases
+        self.canaries: dict[tuple[str, float], tuple[int, int]] = {}  # (requests, failed), as told last
         self._changed = asyncio.Event()
         self._runner: web.AppRunner | None = None
         self.url = ""
@@ -103,6 +105,7 @@ class FakeControl:
         app.router.add_get("/edge/snapshot", self._snapshot)
         app.router.add_post("/edge/leases", self._lease)
         app.router.add_post("/edge/usage", self._usage)
+        app.router.add_post("/edge/canaries", self._canaries)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         listener = socket.create_server(("127.0.0.1", port))
@@ -162,3 +165,9 @@ class FakeControl:
         self.events.update({event.billing_key: event for event in new})
         ack = UsageAck(received=len(batch.events), new=len(new))
         return web.Response(body=ack.model_dump_json().encode(), content_type="application/json")
+
+    async def _canaries(self, request: web.Request) -> web.Response:
+        self._check(request)
+        report = CanaryReport.model_validate_json(await request.read())
+        self.canaries.update({(one.revision, one.since): (one.requests, one.failed) for one in report.canaries})
+        return web.Response(status=204)

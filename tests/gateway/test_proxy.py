@@ -12,6 +12,7 @@ import pytest
 from tests.gateway.fake_control import route
 from zenray.gateway import proxy
 from zenray.gateway.admission import Endpoint
+from zenray.gateway.canaries import Canaries
 from zenray.gateway.credit import Credit
 from zenray.gateway.logs import RequestLog
 from zenray.gateway.metering import LeaseBook, Meter
@@ -43,6 +44,8 @@ class Engine:
 
     async def ask(self, *_: object, **__: object) -> Engine:
         return self
+
+    fell_back = False
 
     def draw_canary(self, _: object) -> None:
         return None
@@ -81,6 +84,7 @@ async def ask(tmp_path: Path, engine: Engine) -> tuple[Meter, LeaseBook, list[di
         metrics=Metrics(),
         request_log=RequestLog("g"),
         ping_interval_s=1,
+        canaries=Canaries(directory),
     )
     sent: list[dict[str, Any]] = []
 

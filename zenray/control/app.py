@@ -29,6 +29,7 @@ from zenray.control.db.engine import Database, open_database
 from zenray.control.db.migrate import migrate
 from zenray.control.db.published import raise_floor
 from zenray.control.deployments.applications import ApplicationFactory
+from zenray.control.deployments.canaries import CanaryWatch
 from zenray.control.deployments.reconciler import Reconciler
 from zenray.control.edge.routes import edge_router
 from zenray.control.edge.snapshot import SnapshotFeed
@@ -95,7 +96,8 @@ def build_control(
     catalog = catalog or Catalog.load(config.catalog_dirs)
     store = store or open_store(storage)
     backend = backend or _backend(config)
-    reconciler = Reconciler(database, backend, catalog, clock)
+    canaries = CanaryWatch()
+    reconciler = Reconciler(database, backend, catalog, clock, canaries)
     work_dir = str(config.path(config.jobs_dir, "jobs"))
     jobs = JobReconciler(database, backend, store, clock, storage=storage, work_dir=work_dir)
     context = ControlContext(
@@ -126,7 +128,10 @@ def build_control(
     app.include_router(accounts_router(context))
     app.include_router(deployments_router(context))
     app.include_router(jobs_router(context))
-    app.include_router(edge_router(database, door=edge_door, clock=clock, feed=feed, registry=registry))
+    take = canaries.take
+    app.include_router(
+        edge_router(database, door=edge_door, clock=clock, feed=feed, registry=registry, take_canaries=take)
+    )
     return Control(app, database, reconciler, jobs, feed)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 
 from zenray.gateway import admission, document
 from zenray.gateway.admission import Endpoint
+from zenray.gateway.canaries import Canaries
 from zenray.gateway.config import GatewayConfig
 from zenray.gateway.credit import Credit
 from zenray.gateway.edge import EdgeClient, follow_snapshot
@@ -94,6 +95,7 @@ class Gateway:
             on_replaced=self._restart,
         )
         self._upstream = Upstream(self._replicas, self.directory, self._clock, self._metrics, self._homes)
+        canaries = Canaries(self.directory)
         self._proxy = Proxy(
             directory=self.directory,
             credit=credit,
@@ -103,11 +105,14 @@ class Gateway:
             metrics=self._metrics,
             request_log=self._request_log,
             ping_interval_s=config.ping_interval_s,
+            canaries=canaries,
         )
         self._run("snapshot", follow_snapshot(edge, self.directory))
         self._run("shipper", self._shipper.run())
         self._run("credit", credit.run())
         self._run("metrics", self._fold_metrics())
+        told = canaries.run(edge.tell_canaries, gateway_id=self.gateway_id, boot_id=self.meter.boot_id)
+        self._run("canaries", told)
         log.info("started", extra={"boot_id": self.meter.boot_id, "pid": os.getpid()})
 
     async def stop(self) -> None:

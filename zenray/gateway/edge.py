@@ -1,4 +1,4 @@
-"""The gateway's talk with control: the long poll of the snapshot, leases up and down, usage up."""
+"""The gateway's talk with control: the long poll of the snapshot, leases up and down, usage and canaries' counts up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 
 from zenray.gateway.snapshot import Directory
-from zenray.spec.edge import Lease, LeaseRequest, UsageAck, UsageBatch
+from zenray.spec.edge import CanaryReport, Lease, LeaseRequest, UsageAck, UsageBatch
 from zenray.spec.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ class EdgeClient:
     async def ship(self, batch: UsageBatch) -> UsageAck:
         raw = await self._ask("POST", "/edge/usage", timeout_s=30, body=batch)
         return _read(UsageAck, raw)
+
+    async def tell_canaries(self, report: CanaryReport) -> None:
+        await self._ask("POST", "/edge/canaries", timeout_s=5, body=report)
 
     async def _ask(
         self,

@@ -12,6 +12,7 @@ import orjson
 
 from zenray.gateway import admission, failures
 from zenray.gateway.admission import Asked, Bounds, Endpoint
+from zenray.gateway.canaries import Canaries
 from zenray.gateway.credit import Credit
 from zenray.gateway.logs import RequestLog
 from zenray.gateway.metering import Charge, Meter
@@ -21,7 +22,7 @@ from zenray.gateway.reply import ClientGone, Disconnect, Reply
 from zenray.gateway.snapshot import Directory, Key, Route
 from zenray.gateway.stream import EventStream, read_usage
 from zenray.gateway.upstream import Answer, Upstream, Waker
-from zenray.spec.edge import RouteState
+from zenray.spec.edge import CanaryRoute, RouteState
 from zenray.spec.errors import Unavailable, UpstreamFailed, ZenrayError
 from zenray.spec.openai import ENGINE_ONLY_CHOICE_FIELDS, ENGINE_ONLY_FIELDS
 from zenray.spec.usage import Outcome, Usage
@@ -37,10 +38,12 @@ class _Bill:
 
     charge: Charge
     reserved_nano_usd: int
-    canary: str | None  # the revision, if one was drawn
+    canary: CanaryRoute | None  # if it was drawn
     usage: Usage | None = None  # the engine's final one; None: what the slots hold
     finish_reason: str | None = None
     outcome: Outcome = Outcome.UPSTREAM_FAILED
+    fell_back: bool = False  # from the canary that was drawn to the route's own replicas
+    refused: bool = False  # the request itself was wrong
 
 
 class Proxy:
@@ -57,6 +60,7 @@ class Proxy:
         metrics: Metrics,
         request_log: RequestLog,
         ping_interval_s: float,
+        canaries: Canaries,
     ) -> None:
         self._directory = directory
         self._credit = credit
@@ -66,6 +70,7 @@ class Proxy:
         self._metrics = metrics
         self._request_log = request_log
         self._ping_interval_s = ping_interval_s
+        self._canaries = canaries
 
     async def answer(self, endpoint: Endpoint, key: Key, raw: bytes, reply: Reply, disconnect: Disconnect) -> None:
         """Answer one question. Raises ZenrayError for what the client is to be told, ClientGone when it hung up."""
@@ -97,10 +102,14 @@ class Proxy:
                 work=asked.choices,
                 # Organisations share no cache, by their salts.
                 prefix=lambda: name_blocks(f"{asked.model}:{org}", prompt_prefix(asked.body)),
-                canary=bill.canary,
+                canary=bill.canary.revision if bill.canary is not None else None,
                 trace=reply.trace,
             )
+            bill.fell_back = answer.fell_back
             await self._pass_on(asked, route, answer, bill, reply)
+        except ZenrayError as error:
+            bill.refused = error.status < 500
+            raise
         except asyncio.CancelledError:
             bill.outcome = Outcome.CLIENT_GONE if disconnect.gone else Outcome.INTERRUPTED
             if disconnect.gone:
@@ -132,7 +141,7 @@ class Proxy:
             raise
         if reply.trace is not None:
             reply.trace.admitted()
-        return _Bill(charge, reserved_nano_usd, canary.revision if canary else None)
+        return _Bill(charge, reserved_nano_usd, canary)
 
     def _check_parts(self, asked: Asked, route: Route, key: Key) -> None:
         if asked.endpoint is Endpoint.CHAT and any(
@@ -301,7 +310,10 @@ class Proxy:
         ttft_s = None if event.ttft_ms is None else event.ttft_ms / 1e3
         self._metrics.usage(asked.model, event.usage, ttft_s)
         if bill.canary is not None:
-            self._metrics.canary(asked.model, bill.canary, event.outcome.value)
+            self._metrics.canary(asked.model, bill.canary.revision, bill.outcome.value)
+            if bill.outcome in (Outcome.COMPLETED, Outcome.UPSTREAM_FAILED):  # else it says nothing of the canary
+                lost = bill.outcome is Outcome.UPSTREAM_FAILED and not bill.refused
+                self._canaries.note(bill.canary, failed=lost or bill.fell_back)
         self._request_log.write(
             {
                 "request_id": reply.request_id,

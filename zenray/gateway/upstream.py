@@ -31,13 +31,16 @@ _WAKE_POLL_S = 0.05
 class Answer:
     """A replica's answer, begun. `release` must be called, once it is read or no longer wanted."""
 
-    __slots__ = ("_upstream", "_work", "replica_id", "response")
+    __slots__ = ("_upstream", "_work", "fell_back", "replica_id", "response")
 
-    def __init__(self, upstream: Upstream, replica_id: str, response: Connection, work: int) -> None:
+    def __init__(
+        self, upstream: Upstream, replica_id: str, response: Connection, work: int, *, fell_back: bool
+    ) -> None:
         self._upstream = upstream
         self._work = work
         self.replica_id = replica_id
         self.response = response
+        self.fell_back = fell_back  # the canary that was drawn could not answer
 
     def release(self) -> None:
         """Unless it has been read to its end, the connection is closed, and the engine stops computing."""
@@ -110,13 +113,16 @@ class Upstream:
         may be what kills them. Raises Unavailable (503) when none is left, UpstreamFailed (502) when it was lost.
         """
         tried: set[str] = set()
-        lost = busy = False
+        lost = busy = asked_canary = False
         traceparent = trace.traceparent if trace is not None else None
         while True:
             route = self._directory.routes.get(model)
-            replica, engine_key = self._pick(route, tried, prefix, canary) if route is not None else (None, "")
+            if route is None:
+                break
+            replica, engine_key, of_canary = self._pick(route, tried, prefix, canary)
             if replica is None:
                 break
+            asked_canary = asked_canary or of_canary
             tried.add(replica.replica_id)
             self.outstanding[replica.replica_id] = self.outstanding.get(replica.replica_id, 0) + work
             answered = False
@@ -134,7 +140,7 @@ class Upstream:
                 answered = True
                 if trace is not None:
                     trace.begun()
-                return Answer(self, replica.replica_id, response, work)
+                return Answer(self, replica.replica_id, response, work, fell_back=asked_canary and not of_canary)
             except (Unreachable, ValueError) as error:  # ValueError: its address is none
                 self._suspect(replica, model, "unreachable", error)
             except TimeoutError as error:
@@ -164,14 +170,14 @@ class Upstream:
 
     def _pick(
         self, route: Route, tried: Collection[str], prefix: Callable[[], list[int]] | None, canary: str | None
-    ) -> tuple[Replica | None, str]:
-        """The replica to ask next, of the canary that was drawn or else of the route, and its key."""
+    ) -> tuple[Replica | None, str, bool]:
+        """The replica to ask next, of the canary that was drawn or else of the route; its key; if it is a canary's."""
         entry, trial = route.entry, route.entry.canary
         if trial is not None and trial.revision == canary:
             replica = self._next(entry.model, trial.endpoints, tried, prefix)
             if replica is not None:
-                return replica, trial.engine_key
-        return self._next(entry.model, entry.endpoints, tried, prefix), entry.engine_key
+                return replica, trial.engine_key, True
+        return self._next(entry.model, entry.endpoints, tried, prefix), entry.engine_key, False
 
     def _next(
         self, model: str, replicas: Sequence[Replica], tried: Collection[str], prefix: Callable[[], list[int]] | None

@@ -119,10 +119,18 @@ class EngineSettings(Document):
 
 
 class Canary(Document):
-    """A new revision gets a share of the requests first. If it fails meanwhile, the old one goes on with all."""
+    """A new revision gets a share of the requests first. If it fails meanwhile, the old one goes on with all.
+
+    It fails by what Ray Serve says of it, or by what gateways saw: requests that it answered with an error of its own
+    (5xx), or not at all, or whose streams it broke off.
+    """
 
     weight: float = Field(0.05, gt=0, lt=1, description="Share of the requests.")
     for_s: float = Field(600, gt=0, description="Then the new revision gets all.")
+    max_failed_share: float = Field(0.05, ge=0, lt=1, description="Of its requests, so many may fail.")
+    min_requests: int = Field(
+        20, ge=1, description="While it had fewer, as many may fail as if it had had so many: one is no proof."
+    )
 
 
 class DeploymentSpec(Document):

@@ -2,7 +2,8 @@
 
 A gateway asks `GET /edge/snapshot?gateway_id=…&since=VERSION` and is answered when something changed (long poll);
 `since=0`, or a version that control no longer knows, gets everything. `POST /edge/leases` asks for credit,
-`POST /edge/usage` ships events. All three carry `Authorization: Bearer <edge token>`.
+`POST /edge/usage` ships events, `POST /edge/canaries` tells how canaries do. All carry
+`Authorization: Bearer <edge token>`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class CanaryRoute(_Wire):
     endpoints: tuple[Endpoint, ...]
     engine_key: str
     quantization: str | None = None
+    since: float = Field(0, description="When this trial began: a revision may be tried again.")
 
 
 class RouteEntry(_Wire):
@@ -129,3 +131,20 @@ class UsageAck(_Wire):
 
     received: int
     new: int
+
+
+class CanaryCount(_Wire):
+    """What one start of a gateway saw of a canary since the trial began."""
+
+    revision: str
+    since: float = Field(description="The trial, as CanaryRoute has it.")
+    requests: int = Field(ge=0, description="Drawn for it, and answered or failed.")
+    failed: int = Field(ge=0, description="Those it answered with 5xx, or not, or broke off.")
+
+
+class CanaryReport(_Wire):
+    """Counts are totals, so one that is lost or sent twice does no harm."""
+
+    gateway_id: str
+    boot_id: str
+    canaries: tuple[CanaryCount, ...]

@@ -12,6 +12,7 @@ from zenray.catalog.catalog import Catalog
 from zenray.cluster.base import ClusterBackend
 from zenray.control.db.engine import Database
 from zenray.control.db.published import Kind, publish
+from zenray.control.deployments.canaries import CanaryWatch, Seen
 from zenray.control.deployments.repository import Loaded, load_all, write
 from zenray.control.deployments.rollout import DeploymentView, decide, unreachable
 from zenray.control.deployments.routing import route_of
@@ -27,11 +28,19 @@ class Reconciler:
     """One round is `step`; `run` repeats it in a thread of its own. Rounds are level-triggered: each looks at the whole
     wish and the whole status, so a lost answer, a killed control or a restarted Ray needs no special care."""
 
-    def __init__(self, database: Database, backend: ClusterBackend, catalog: Catalog, clock: Clock) -> None:
+    def __init__(
+        self,
+        database: Database,
+        backend: ClusterBackend,
+        catalog: Catalog,
+        clock: Clock,
+        canaries: CanaryWatch | None = None,
+    ) -> None:
         self._database = database
         self._backend = backend
         self._catalog = catalog
         self._clock = clock
+        self._canaries = canaries or CanaryWatch()
         self._refusal: str | None = None  # why Ray Serve did not take the wish, until it takes one
         self.last_round_at: float | None = None
 
@@ -47,7 +56,9 @@ class Reconciler:
             return
         now = self._clock.now()
         for deployment in loaded:
-            self._write(deployment, self._explained(decide(deployment.view, status, now), status), status)
+            trial = deployment.view.in_canary()
+            seen = self._canaries.seen(trial.name, trial.since) if trial is not None else Seen()
+            self._write(deployment, self._explained(decide(deployment.view, status, now, seen), status), status)
         self._apply(status)
         self.last_round_at = now
 

@@ -3,7 +3,8 @@
 A changed wish is rolled out by a second application beside the first: it is brought up as a candidate, takes the
 traffic when it is ready, and only then does the old one drain and go. A candidate that fails takes no traffic, leaves
 the wish (so that its memory is free again), and the old one goes on serving. With a canary in the wish a ready
-candidate takes a share of the traffic for some time first; if it fails then, it is a failed candidate too. The share
+candidate takes a share of the traffic for some time first; if it fails then, by Ray's word or by what gateways saw of
+it, it is a failed candidate too. The share
 is given only beside an old revision that can serve: where that cannot, the canary takes all.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from zenray.control.deployments.canaries import Seen
 from zenray.spec.deployments import Canary, DeploymentSpec, DeploymentState
 from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
 
@@ -77,13 +79,13 @@ class DeploymentView:
         return next((r for r in self.revisions if r.phase is phase), None)
 
 
-def decide(view: DeploymentView, status: ServeStatus, now: float) -> DeploymentView:
-    """The deployment as it should be written down now."""
+def decide(view: DeploymentView, status: ServeStatus, now: float, seen: Seen = Seen()) -> DeploymentView:
+    """The deployment as it should be written down now. `seen`: what gateways saw of its canary."""
     if view.stop:
         return _wind_down(view, status, now)
     by_name = {revision.name: revision for revision in view.revisions}
     canary = view.canary if _can_serve(view.serving(), status) else None
-    wanted = _advance(by_name.pop(view.wanted), status.applications.get(view.wanted), canary, now)
+    wanted = _advance(by_name.pop(view.wanted), status.applications.get(view.wanted), canary, now, seen)
     others = [_retire(revision, wanted.phase is Phase.SERVING, now) for revision in by_name.values()]
     revisions = tuple(
         wanted if r.name == wanted.name else next(o for o in others if o.name == r.name) for r in view.revisions
@@ -98,7 +100,9 @@ def unreachable(view: DeploymentView, reason: str) -> DeploymentView:
     return replace(view, message=reason)
 
 
-def _advance(revision: RevisionView, app: ApplicationStatus | None, canary: Canary | None, now: float) -> RevisionView:
+def _advance(
+    revision: RevisionView, app: ApplicationStatus | None, canary: Canary | None, now: float, seen: Seen
+) -> RevisionView:
     """The wanted revision, one step further. `canary` is None where there is no other that can serve."""
     if revision.phase is Phase.GONE:
         return revision.to(Phase.QUEUED, now)
@@ -114,7 +118,7 @@ def _advance(revision: RevisionView, app: ApplicationStatus | None, canary: Cana
     if revision.phase is Phase.SERVING:
         return revision
     if revision.phase is Phase.CANARY:
-        return _advance_canary(revision, app, canary, now)
+        return _advance_canary(revision, app, canary, now, seen)
     if app is not None and _is_ready(revision.spec, app):
         return replace(revision.to(Phase.CANARY if canary else Phase.SERVING, now), was_ready=not canary)
     if now - revision.since > START_TIMEOUT_S:
@@ -124,15 +128,32 @@ def _advance(revision: RevisionView, app: ApplicationStatus | None, canary: Cana
 
 
 def _advance_canary(
-    revision: RevisionView, app: ApplicationStatus | None, canary: Canary | None, now: float
+    revision: RevisionView, app: ApplicationStatus | None, canary: Canary | None, now: float, seen: Seen
 ) -> RevisionView:
     if app is not None and app.state is ApplicationState.UNHEALTHY:
         return revision.to(Phase.FAILED, now, f"It became unhealthy as a canary: {_reason(app)}")
+    fault = canary_fault(canary, seen) if canary is not None else None
+    if fault is not None:
+        return revision.to(Phase.FAILED, now, fault)
     if app is None or not _is_ready(revision.spec, app):
         return revision.to(Phase.CANDIDATE, now)  # Ray has lost it, and is given it again; its time starts anew
     if canary is None or now - revision.since >= canary.for_s:
         return replace(revision.to(Phase.SERVING, now), was_ready=True)
     return revision
+
+
+def canary_fault(canary: Canary, seen: Seen) -> str | None:
+    """Why the canary must not go on, by the requests that it was given; None: it may.
+
+    It is not waited until it has had `min_requests`: once more have failed than those may, no success after it helps.
+    """
+    most = canary.max_failed_share * max(seen.requests, canary.min_requests)
+    if seen.failed <= most:
+        return None
+    return (
+        f"As a canary it failed {seen.failed} of {seen.requests} requests, "
+        f"and {100 * canary.max_failed_share:g}% of at least {canary.min_requests} may fail."
+    )
 
 
 def _can_serve(revision: RevisionView | None, status: ServeStatus) -> bool:

@@ -74,6 +74,7 @@ def _canary_of(
         endpoints=endpoints,
         engine_key=engine_key_of(applications[revision.name]),
         quantization=_quantization(revision),
+        since=revision.since,
     )
 
 

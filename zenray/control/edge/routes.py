@@ -1,7 +1,8 @@
-"""HTTP for gateways: `/edge/snapshot`, `/edge/leases`, `/edge/usage`, behind the edge token."""
+"""HTTP for gateways: `/edge/snapshot`, `/edge/leases`, `/edge/usage`, `/edge/canaries`, behind the edge token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -15,7 +16,7 @@ from zenray.control.edge.intake import take_usage
 from zenray.control.edge.leases import lease, see_gateway
 from zenray.control.edge.snapshot import SnapshotFeed, render_snapshot
 from zenray.spec.clock import Clock
-from zenray.spec.edge import Lease, LeaseRequest, Snapshot, UsageAck, UsageBatch
+from zenray.spec.edge import CanaryReport, Lease, LeaseRequest, Snapshot, UsageAck, UsageBatch
 from zenray.spec.errors import InvalidRequest
 
 LONG_POLL_S = 25.0
@@ -40,6 +41,7 @@ def edge_router(
     clock: Clock,
     feed: SnapshotFeed,
     registry: CollectorRegistry,
+    take_canaries: Callable[[CanaryReport, float], None],
     long_poll_s: float = LONG_POLL_S,
 ) -> APIRouter:
     router = APIRouter(prefix="/edge", dependencies=[Depends(door.dependency())], tags=["edge"])
@@ -88,5 +90,10 @@ def edge_router(
     async def post_usage(request: Request) -> UsageAck:
         """Parsed apart from FastAPI's own way, which would read the JSON twice."""
         return await run_in_threadpool(apply_usage, await request.body())
+
+    @router.post("/canaries", status_code=204)
+    async def post_canaries(report: CanaryReport) -> None:
+        """The newest totals of one gateway; the next round of the reconciler looks at them."""
+        take_canaries(report, clock.now())
 
     return router
