@@ -25,9 +25,11 @@ from tests.parity.training_ranks import (
     whole_pass,
 )
 from zenray.training import gradients
+from zenray.training.checkpointing import load, save
 from zenray.training.data.stream import Batch, pack
 from zenray.training.layout import local_part
 from zenray.training.mesh import Mesh
+from zenray.training.trainer import Trainer
 
 PASSES, STEPS = 3, 2  # more passes than two stages have, fewer than four
 FIVE_LAYERS: dict[str, Any] = {"num_hidden_layers": 5, "sparse_layers": (1, 2, 3, 4)}
@@ -47,24 +49,25 @@ class Layout(NamedTuple):
     stages: int
     expert: int = 1
     fully_sharded: bool = False
+    context: int = 1
 
     def __str__(self) -> str:
-        return f"pp{self.stages}-ep{self.expert}{'-sharded' * self.fully_sharded}"
+        of_stage = f"ep{self.expert}{f'-cp{self.context}' * (self.context > 1)}{'-sharded' * self.fully_sharded}"
+        return f"pp{self.stages}-{of_stage}"
 
 
-LAYOUTS = {
-    2: (Layout(2),),
-    4: (Layout(2), Layout(2, 2), Layout(2, 1, True), Layout(2, 2, True), Layout(4)),
+APART_ONLY, TIED_ONLY = ("head apart",), ("tied head, clipped, with a teacher",)
+LAYOUTS: dict[int, dict[Layout, tuple[str, ...]]] = {  # and the cases that they run
+    2: {Layout(2): tuple(CASES)},
+    4: {
+        Layout(2): TIED_ONLY,
+        Layout(2, 2): APART_ONLY,
+        Layout(2, 1, True): APART_ONLY,
+        Layout(2, 2, True): (*TIED_ONLY, "one group learns"),
+        Layout(2, 2, False, 2): TIED_ONLY,
+        Layout(4): (*APART_ONLY, *TIED_ONLY),
+    },
 }
-
-
-def cases_of(world: int, layout: Layout) -> list[str]:
-    """All on the layouts that differ most; on the others those cases that do."""
-    if world == 2:
-        return list(CASES)
-    if layout == Layout(2, 2, True):
-        return [name for name, case in CASES.items() if case.dtype == "float32"]
-    return ["head apart", "tied head, clipped, with a teacher"]
 
 
 def batches_of(reader: int, readers: int, step: int) -> list[Batch]:
@@ -98,15 +101,18 @@ def run_case(case: Case, mesh: Mesh | None = None) -> Found:
 
 
 def spawn(world: int, folder: Path, source: Path | None = None) -> dict[tuple[str, Layout], list[Found]]:
-    """Every case on every layout of `world` ranks: {(case, layout): one result for each rank}. Leaves checkpoints in
-    `folder` too; see `_reshard`."""
+    """Every case on every layout of `world` ranks: {(case, layout): one result for each rank}.
+
+    Leaves checkpoints in `folder`, by their layouts, each read from the one before and the first from `source`; without
+    that it is trained, and trained on in two ways: "went-on" never stopped, "resumed" began at it.
+    """
     folder.mkdir()
-    multiprocessing.spawn(_rank_main, args=(world, str(folder), source and str(source)), nprocs=world)
+    multiprocessing.spawn(_rank_main, args=(world, str(folder), source), nprocs=world)
     by_rank = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
     return {key: [found[key] for found in by_rank] for key in by_rank[0]}
 
 
-def _rank_main(rank: int, world: int, folder: str, source: str | None) -> None:
+def _rank_main(rank: int, world: int, folder: str, source: Path | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -115,11 +121,40 @@ def _rank_main(rank: int, world: int, folder: str, source: str | None) -> None:
     found = {}
     for layout in LAYOUTS[world]:
         mesh = make_mesh(layout)
-        for name in cases_of(world, layout):
+        for name in LAYOUTS[world][layout]:
             found[name, layout] = run_case(CASES[name], mesh)
+    _reshard(world, Path(folder), source)
     torch.save(found, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
 
 
 def make_mesh(layout: Layout) -> Mesh:
-    return Mesh.create(layout.expert, stages=layout.stages, fully_sharded=layout.fully_sharded)
+    return Mesh.create(
+        layout.expert, fully_sharded=layout.fully_sharded, context_size=layout.context, stages=layout.stages
+    )
+
+
+RESHARDED = CASES["adamw"]
+CHAINED = {2: (Layout(2), Layout(1, 2)), 4: (Layout(2, 2), Layout(4), Layout(2, 1, True), Layout(2, 2, True))}
+
+
+def _reshard(world: int, folder: Path, source: Path | None) -> None:
+    for layout in CHAINED[world]:
+        mesh = make_mesh(layout)
+        trainer = make_trainer(RESHARDED, mesh)
+
+        def step(trainer: Trainer, index: int) -> None:
+            trainer.step(index, batches_of(trainer.mesh.reader, trainer.mesh.readers, index))
+
+        if source is None:
+            for index in range(STEPS):
+                step(trainer, index)
+            save(trainer, STEPS, folder / str(layout))
+            step(trainer, STEPS)
+            save(trainer, STEPS + 1, folder / "went-on")
+            again = make_trainer(RESHARDED, mesh)
+            step(again, load(again, folder / str(layout)))
+            save(again, STEPS + 1, folder / "resumed")
+        else:
+            save(trainer, load(trainer, source), folder / str(layout))
+        source = folder / str(layout)

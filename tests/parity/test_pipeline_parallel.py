@@ -1,34 +1,45 @@
 """A pipeline is the same computation: losses, gradients, norms, weights and selection biases of stages on gloo ranks,
-alone and with experts, replicas and cut weights within them, equal those of one process, with uneven batches, several
-passes, and a head that is the embedding too."""
+alone and with experts, replicas, cut weights and cut sequences within them, equal those of one process, with uneven
+batches, several passes, and a head that is the embedding too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.parity.pipeline_ranks import CASES, LAYOUTS, Found, Layout, cases_of, run_case, spawn
-from tests.parity.training_ranks import Part, check_ratio, whole
+from tests.parity.pipeline_ranks import CASES, CHAINED, LAYOUTS, RESHARDED, Layout, run_case, spawn
+from tests.parity.training_ranks import Found, Part, check_ratio, make_trainer, whole
+from zenray.training.checkpointing import difference, load, read_weight, save
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(900)]  # the first question to four ranks runs all their cases
 
-KEYS = [(name, world, layout) for world, some in LAYOUTS.items() for layout in some for name in cases_of(world, layout)]
+KEYS = [(name, world, layout) for world, some in LAYOUTS.items() for layout in some for name in some[layout]]
 RanksOf = Callable[[str, int, Layout], list[Found]]
 every_layout = pytest.mark.parametrize(("name", "world", "layout"), KEYS, ids=str)
 
 
 @pytest.fixture(scope="module")
-def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> RanksOf:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def ranks_of(checkpoints: Path) -> RanksOf:
     """What the ranks found in a case; all cases of a number of ranks are run at the first question."""
-    folder = tmp_path_factory.mktemp("ranks")
 
     @cache
     def run(world: int) -> dict[tuple[str, Layout], list[Found]]:
-        return spawn(world, folder / str(world))
+        if world == 4:
+            run(2)
+            trainer = make_trainer(RESHARDED)
+            save(trainer, load(trainer, checkpoints / "2" / "pp1-ep2"), checkpoints / "alone")
+            return spawn(4, checkpoints / "4", checkpoints / "alone")
+        return spawn(2, checkpoints / "2")
 
     return lambda name, world, layout: run(world)[name, layout]
 
@@ -108,6 +119,28 @@ def test_a_stage_holds_its_layers_alone(ranks_of: RanksOf) -> None:
 
 def named_parts(weights: dict[str, Part]) -> set[str]:
     return {".".join(name.split(".")[: 3 if "layers" in name else -1]) for name in weights}
+
+
+def test_a_checkpoint_does_not_know_its_stages(ranks_of: RanksOf, checkpoints: Path) -> None:
+    """PP 2 → EP 2 → one process → PP 2 × EP 2 → PP 4 → PP 2 sharded → PP 2 × EP 2 sharded: weights and moments, bit for
+    bit. All of them have every weight of the network, so that any can be published."""
+    ranks_of("head apart", 4, Layout(4))
+    first = checkpoints / "2" / str(CHAINED[2][0])
+    later = [checkpoints / str(world) / str(layout) for world, some in CHAINED.items() for layout in some]
+    for other in [checkpoints / "alone", *later[1:]]:
+        assert difference(first, other) == []
+    trainer = make_trainer(RESHARDED)
+    assert load(trainer, later[-1]) == 2
+    for one in trainer.trainables:
+        state = trainer.optimizer.state[one.master]
+        assert int(state["step"]) == 2 and state["exp_avg"].any() and state["exp_avg_sq"].any()
+        assert torch.equal(read_weight(first, one.name), one.master)
+
+
+def test_a_pipeline_goes_on_as_if_it_had_not_stopped(ranks_of: RanksOf, checkpoints: Path) -> None:
+    ranks_of("head apart", 2, Layout(2))
+    assert difference(checkpoints / "2" / "went-on", checkpoints / "2" / "resumed") == []
+    assert difference(checkpoints / "2" / "went-on", checkpoints / "2" / str(Layout(2))) != []
 
 
 def test_the_cases_test_something(alone) -> None:

@@ -87,6 +87,16 @@ def test_tokens_without_a_place_are_counted_over_layers_and_passes() -> None:
     assert [layer.load for layer in layers] == [(0.25,) * 4] * 2
 
 
+def test_waiting_for_other_stages_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, waited_s, told = [0.0], [5.0], []  # some waiting was before the first step
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now_s[0])
+    monkeypatch.setattr(metrics.dist, "is_initialized", lambda: True)
+    measures = StepMeasures(told.append, CONFIG, context_tokens=16, of_pipeline=lambda: waited_s[0])
+    for now_s[0], waited_s[0] in ((4.0, 6.0), (8.0, 9.0)):
+        measures(dict(STEP))
+    assert [event["communication_share"] for event in told] == [0.25, 0.75]
+
+
 def test_an_events_metrics_have_names_and_are_finite() -> None:
     about = {"gradient_norms": {"expert": 1.5}, "entropy_ratios": [0.9], "loads": [[0.25, 0.75]], "kl": "nan"}
     found, step = metrics_of({**STEP, **about})

@@ -49,6 +49,7 @@ def watched(trainer: Trainer, run: str, stream: Tell) -> Iterator[Tell]:
             [teacher.model.config for teacher, _ in trainer.teachers],
             context_tokens=job.data.sequence_tokens // 2,  # on average, within a sequence
             world=trainer.mesh.world,
+            of_pipeline=None if trainer.pipeline is None else lambda: trainer.pipeline.waited_s,
         )
         with measures.watching_collectives():
             yield measures
@@ -68,7 +69,9 @@ class StepMeasures:
         *,
         context_tokens: int,
         world: int = 1,
+        of_pipeline: Callable[[], float] | None = None,
     ) -> None:
+        """`of_pipeline`: seconds that this worker has waited for other stages so far."""
         self._tell = tell
         peak = peak_flops()
         self._share_of_token: float | None = None  # of a second of all workers' arithmetic
@@ -77,19 +80,22 @@ class StepMeasures:
             flops += sum(flops_per_token(teacher.dimensions(), context_tokens) for teacher in teachers)
             self._share_of_token = flops / (peak * world)
         self._waited_s = 0.0
+        self._of_pipeline = of_pipeline or (lambda: 0.0)
+        self._before_s = self._of_pipeline()
         self._since_s = time.perf_counter()
 
     def __call__(self, event: Event) -> None:
         if event["event"] != "step":
             self._tell(event)
             return
-        now_s = time.perf_counter()
+        now_s, for_stages_s = time.perf_counter(), self._of_pipeline()
+        self._waited_s += for_stages_s - self._before_s
         measured = {
             "memory_bytes": memory_bytes(),
             "communication_share": self._share(now_s),
             "mfu": None if self._share_of_token is None else self._share_of_token * event["tokens_per_s"],
         }
-        self._waited_s, self._since_s = 0.0, now_s
+        self._waited_s, self._since_s, self._before_s = 0.0, now_s, for_stages_s
         self._tell({**event, **measured})
 
     def _share(self, now_s: float) -> float | None:

@@ -24,8 +24,8 @@ Compute = Callable[[Batch, Tensor | None], tuple[HeadLoss | Tensor, list[RouterS
 """(loss, or hidden states for the next pipeline stage; router sums) of a batch and what the stage before made of it."""
 
 
-class Passes(Protocol):
-    """What a worker does for each pass, whoever decides when: `accumulate`, or a pipeline's schedule."""
+class ForwardPasses(Protocol):
+    """What a worker does for each batch, whoever decides when."""
 
     batches: Sequence[Batch]
 
@@ -35,6 +35,10 @@ class Passes(Protocol):
         Passes go forward in order, and back in the same order.
         """
         ...
+
+
+class Passes(ForwardPasses, Protocol):
+    """Forward and back: as `accumulate` orders it, or a pipeline's schedule."""
 
     def before_backward(self, is_last: bool) -> None:
         """`is_last`: of the step."""
@@ -106,12 +110,6 @@ class EvaluationPasses:
         self._total[0] += found.lm.double()
         self._total[1] += batch.num_targets
         return found.lm
-
-    def before_backward(self, is_last: bool) -> None:
-        raise AssertionError("nothing is learnt from an evaluation")
-
-    def after_backward(self) -> None:
-        raise AssertionError("nothing is learnt from an evaluation")
 
     def loss(self) -> float:
         """The mean over all workers' targets. Collective over all workers."""
