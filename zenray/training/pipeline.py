@@ -80,6 +80,7 @@ class Pipeline:
         try:
             schedule.step(target=each, return_outputs=False, number=each)
         except RuntimeError as error:
+            self._kept = None  # it remembers losses of passes that did not come to an end
             if isinstance(error.__cause__, ZenrayError):
                 raise error.__cause__ from None
             raise
