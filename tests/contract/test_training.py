@@ -160,6 +160,22 @@ def test_two_stages_make_what_two_workers_do_and_survive_a_kill(
     same_result(killed, run)
 
 
+@pytest.mark.nightly
+def test_workers_that_share_sequences_make_what_two_workers_do(
+    ray_session: RaySession, unbroken: Run, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, in_session(ray_session))
+    workers = {"count": 2, "context_parallel": 2, "expert_parallel": 2, "cpus": 0.5}
+    assert "published tiny@v1/safetensors" in run.finish(**{**JOB, "workers": workers})
+    histories = (run.history(), unbroken.history())
+    for name in ("loss", "kl"):
+        ours, theirs = (torch.tensor([e[name] for e in steps if e["event"] == "step"]) for steps in histories)
+        torch.testing.assert_close(ours[:6], theirs[:6], rtol=0, atol=4e-4)
+    for name in ("loss", "teacher_0"):  # the first evaluations, of networks that nobody has trained yet
+        ours, theirs = (next(e[name] for e in steps if e["event"] == "evaluation") for steps in histories)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 @contextmanager
 def simulated_nodes(home: Path) -> Iterator[tuple[str, Callable[[str], str]]]:
     """(address of a cluster of two nodes, what carries out `add` and `remove`)."""
