@@ -16,7 +16,7 @@ TRIAL = ("tiny--2", 7.0)
 
 def canary(url: str) -> CanaryRoute:
     ends = (Endpoint(replica_id="new#0", url=url),)
-    return CanaryRoute(revision=TRIAL[0], since=TRIAL[1], weight=0.999999, endpoints=ends, engine_key="engine-key")
+    return CanaryRoute(revision=TRIAL[0], since=TRIAL[1], weight=1 - 1e-12, endpoints=ends, engine_key="engine-key")
 
 
 async def test_what_breaks_is_counted_and_what_is_the_client_s_own_fault_is_not(tmp_path: Path) -> None:
@@ -42,15 +42,15 @@ async def test_what_breaks_is_counted_and_what_is_the_client_s_own_fault_is_not(
 
     try:
         assert await ask("[[fail_after=2 fail=cut]]", stream=True) == "APIError"
-        await until(lambda: control.canaries.get(TRIAL) == (1, 1))
+        await until(lambda: control.canaries.get(TRIAL) == (1, 1), timeout_s=60)
         assert await ask("hello", stream=True) == "whole"
         assert await ask("[[status=422]]", stream=False) == "BadRequestError"
-        await until(lambda: control.canaries.get(TRIAL) == (3, 1))
+        await until(lambda: control.canaries.get(TRIAL) == (3, 1), timeout_s=60)
         assert await ask("[[status=500]]", stream=False) == "InternalServerError"
-        await until(lambda: control.canaries.get(TRIAL) == (4, 2))
+        await until(lambda: control.canaries.get(TRIAL) == (4, 2), timeout_s=60)
         await trial.stop()
         assert await ask("hello", stream=False) == "whole"  # by the old revision, in its place
-        await until(lambda: control.canaries.get(TRIAL) == (5, 3))
+        await until(lambda: control.canaries.get(TRIAL) == (5, 3), timeout_s=60)
         control.set_route(route("tiny", [good.url]))
         assert await ask("hello", stream=False) == "whole"
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,11 +94,21 @@ def endpoints(platform: TestPlatform, model: str) -> list[str]:
 
 
 def wait_for_replicas(platform: TestPlatform, model: str, count: int, within_s: float = 180) -> list[str]:
-    return wait_until(
-        lambda: [found] if len(found := endpoints(platform, model)) == count else None,
-        f"{model} has {count} replicas; it has {len(endpoints(platform, model))}",
-        within_s,
-    )[0]
+    try:
+        return wait_until(
+            lambda: [found] if len(found := endpoints(platform, model)) == count else None,
+            f"{model} has {count} replicas",
+            within_s,
+        )[0]
+    except AssertionError as error:
+        said = platform.control().get(f"/admin/deployments/{model}")
+        raise AssertionError(f"{error}\n{json.dumps(said, indent=1)}\n{_serve_log(platform)}") from None
+
+
+def _serve_log(platform: TestPlatform, last_bytes: int = 6000) -> str:
+    """The end of what Serve's controller wrote: why a replica did not come, or was not asked for."""
+    logs = sorted((platform.home.root / "ray").glob("**/logs/serve/controller_*.log"))
+    return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-last_bytes:]}" for log in logs)
 
 
 def wait_for_answers(load: Load, more: int, within_s: float = 180) -> None:
