@@ -49,7 +49,7 @@ def watched(trainer: Trainer, run: str, stream: Tell) -> Iterator[Tell]:
             [teacher.model.config for teacher, _ in trainer.teachers],
             context_tokens=job.data.sequence_tokens // 2,  # on average, within a sequence
             world=trainer.mesh.world,
-            of_pipeline=None if trainer.pipeline is None else lambda: trainer.pipeline.waited_s,
+            of_pipeline=lambda: 0.0 if trainer.pipeline is None else trainer.pipeline.waited_s,
         )
         with measures.watching_collectives():
             yield measures
@@ -69,7 +69,7 @@ class StepMeasures:
         *,
         context_tokens: int,
         world: int = 1,
-        of_pipeline: Callable[[], float] | None = None,
+        of_pipeline: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """`of_pipeline`: seconds that this worker has waited for other stages so far."""
         self._tell = tell
@@ -80,7 +80,7 @@ class StepMeasures:
             flops += sum(flops_per_token(teacher.dimensions(), context_tokens) for teacher in teachers)
             self._share_of_token = flops / (peak * world)
         self._waited_s = 0.0
-        self._of_pipeline = of_pipeline or (lambda: 0.0)
+        self._of_pipeline = of_pipeline
         self._before_s = self._of_pipeline()
         self._since_s = time.perf_counter()
 

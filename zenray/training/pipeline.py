@@ -124,7 +124,7 @@ class _Stage(PipelineStage):
 
     @property
     def pass_of_stage(self) -> _Pass:
-        return self.submod  # type: ignore[return-value]
+        return self.submod
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._begin_to_wait(super().get_fwd_recv_ops(fwd_chunk_id))

@@ -63,13 +63,13 @@ def keep_stage(model: MoDE, mesh: Mesh) -> None:
     layers = model.model.layers
     if mesh.stages == 1 or isinstance(layers, StageLayers):
         return
-    model.model.layers = StageLayers(layers, layers_of(mesh.stage, len(layers), mesh.stages))  # type: ignore[assignment]
+    model.model.layers = StageLayers(layers, layers_of(mesh.stage, len(layers), mesh.stages))
     if not mesh.is_last_stage:
-        model.model.norm = nn.Identity()  # type: ignore[assignment]
-        model.lm_head = nn.Identity()  # type: ignore[assignment]
+        model.model.norm = nn.Identity()
+        model.lm_head = nn.Identity()
     is_end = mesh.stage == 0 or (mesh.is_last_stage and model.config.tie_word_embeddings)
     if not is_end:
-        model.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
+        model.model.embed_tokens = nn.Identity()
 
 
 def is_on_both_ends(name: str, model: MoDE, mesh: Mesh) -> bool:
