@@ -1,10 +1,13 @@
 # Two targets for a fresh machine: `make demo` and `make test`. Each sets up all that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test nightly lint types imports fast parity contract e2e
+.PHONY: help setup demo check test nightly lint types imports fast fast-torch fast-others parity contract e2e
 SHELL := /bin/bash
 bin := .venv/bin
 pytest := $(bin)/python -m pytest
 heavy := tests/parity tests/contract tests/e2e
+with_torch := tests/model tests/serving tests/training
+# Without byte code every process compiles our sources, and pytest every test's assertions, anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## What can be made
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -18,7 +21,7 @@ demo:  ## A real model on Ray, asked through the gateway, billed to the token
 
 check:  ## Lint, types, import contracts, fast tests: under a minute
 	@scripts/setup.sh
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target types lint imports fast
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target types fast-torch fast-others lint imports
 
 test:  ## All that CI runs: check, parity, contract, e2e
 	@scripts/setup.sh --servers needed
@@ -45,8 +48,15 @@ imports:
 	@$(bin)/lint-imports --no-logo
 
 # A layer without a single test is an error: pytest then exits with 5.
+# Two processes, one for each half: only one of them loads torch, transformers and Ray, which takes as long as many tests.
 fast:
-	@echo "== fast tests"; $(pytest) tests $(heavy:%=--ignore=%) -m "not nightly" -n 2
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target fast-torch fast-others
+
+fast-torch:
+	@echo "== fast tests with torch"; $(pytest) $(with_torch) -m "not nightly"
+
+fast-others:
+	@echo "== fast tests without torch"; $(pytest) tests $(heavy:%=--ignore=%) $(with_torch:%=--ignore=%) -m "not nightly"
 
 parity e2e:
 	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
@@ -28,6 +29,16 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # boto3 would look for credent
 hypothesis.settings.register_profile("check", max_examples=40, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("check")
+
+
+def pytest_collection_finish() -> None:
+    """What importing made stays to the end. Not looking at it again saves a seventh of the fast tests' CPU."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # bindings complain, as Python ends, of what is never collected
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import pytest
 from zenray.catalog import Catalog
 from zenray.catalog.comparison import compare
 
+CATALOG = Catalog.load()
 # Everything in the founding documents that is more than 2 % off what dimensions of the claimed totals come to. The
 # entries' notes say why.
 FALSE_CLAIMS = {
@@ -25,16 +26,16 @@ FALSE_CLAIMS = {
 }
 
 
-@pytest.mark.parametrize("name", [e.name for e in Catalog.load() if e.variant_of is None])
+@pytest.mark.parametrize("name", [e.name for e in CATALOG if e.variant_of is None])
 def test_the_claims_that_arithmetic_refuses_are_these(name: str) -> None:
-    rows = compare(Catalog.load().get(name))
+    rows = compare(CATALOG.get(name))
     # More context than claimed is no contradiction.
     off = {r.what for r in rows if abs(r.deviation) > 0.02 and not (r.unit == "tokens" and r.deviation > 0)}
     assert off == FALSE_CLAIMS.get(name, set())
 
 
 def test_rows_by_hand() -> None:
-    rows = {row.what: row for row in compare(Catalog.load().get("zen-nano"))}
+    rows = {row.what: row for row in compare(CATALOG.get("zen-nano"))}
     assert (rows["ffn_width"].claimed, rows["ffn_width"].computed) == (2816, 2560)
     assert rows["energy a month"].computed == 5 * 720 / 1000
     assert rows["weights in fp32"].computed == pytest.approx(2.4024, rel=1e-3)
@@ -42,5 +43,5 @@ def test_rows_by_hand() -> None:
 
 
 def test_a_model_without_dimensions_has_nothing_to_compare() -> None:
-    entry = Catalog.load().get("zen-7b").model_copy(update={"dimensions": None})
+    entry = CATALOG.get("zen-7b").model_copy(update={"dimensions": None})
     assert compare(entry) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.control.events import event
+from zenray.catalog.catalog import Catalog
 from zenray.cli import main as command_line
 from zenray.cli.client import ControlClient
 from zenray.cluster.fake import FakeCluster
@@ -27,14 +29,15 @@ Zenray = Callable[..., str]
 
 
 @pytest.fixture
-def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+def control(tmp_path: Path, migrated_sqlite: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     """Control with a fake cluster, on the store of the home that the commands use."""
     monkeypatch.setenv("ZENRAY_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)  # no clusters/local.yaml here
     storage = StorageSettings(uri=f"file:{tmp_path / 'home' / 'store'}")
-    built = build_control(
-        ControlConfig(state_dir=tmp_path / "state", storage=storage), backend=FakeCluster(start_s=0), reconcile=False
-    )
+    config = ControlConfig(state_dir=tmp_path / "state", storage=storage)
+    config.state_dir.mkdir()
+    shutil.copy(migrated_sqlite, config.state_dir / "control.db")
+    built = build_control(config, backend=FakeCluster(start_s=0), catalog=catalog, reconcile=False)
     token = (tmp_path / "state" / "admin.token").read_text().strip()
     http = TestClient(built.app, headers={"authorization": f"Bearer {token}"})
     client = ControlClient("http://control", token)
