@@ -101,7 +101,7 @@ def test_a_step_reads_the_same_sequences_on_any_number_of_workers(tmp_path: Path
         """Worker `place` of two."""
 
         place = 0
-        world, rank = property(lambda self: 2), property(lambda self: self.place)
+        of_stage, rank = property(lambda self: 2), property(lambda self: self.place)
 
     found = []
     for place in (0, 1):
