@@ -32,9 +32,11 @@ hypothesis.settings.load_profile("check")
 
 
 def pytest_collection_finish() -> None:
-    """What importing made stays to the end. Not looking at it again saves a seventh of the fast tests' CPU."""
+    """What importing made stays to the end. Not looking at it again saves a seventh of the fast tests' CPU, and
+    looking more rarely at what tests leave saves a tenth of what remains."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def pytest_unconfigure() -> None:
