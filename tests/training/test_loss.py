@@ -45,6 +45,20 @@ def plain_loss(h_TD, head_VD, labels_T, teachers, distillation, temperature):
     return total
 
 
+@pytest.mark.parametrize("chunk", [5, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_teachers_it_is_cross_entropy(inputs, monkeypatch, chunk, dtype) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
+    h_TD, head_VD, labels_T = (one.detach() for one in inputs[:3])
+    h_TD, head_VD = ((20 * one).to(dtype).requires_grad_() for one in (h_TD, head_VD))  # far from even
+    reference = plain_loss(h_TD.float(), head_VD.float(), labels_T, [], 0.0, 1.0)
+    found = head_loss(h_TD, head_VD, labels_T)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1.0}
+    torch.testing.assert_close(found.total, reference, **tolerance)
+    expected = torch.autograd.grad(reference, (h_TD, head_VD))
+    torch.testing.assert_close(torch.autograd.grad(found.total, (h_TD, head_VD)), expected, **tolerance)
+
+
 @pytest.mark.parametrize("chunk", [5, 23, 1024])
 @pytest.mark.parametrize(("distillation", "temperature"), [(0.0, 1.0), (0.7, 1.0), (2.0, 3.0)])
 def test_chunks_change_neither_loss_nor_gradients(inputs, monkeypatch, chunk, distillation, temperature) -> None:

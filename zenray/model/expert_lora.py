@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from zenray.model.dispatch import Assignment, combine_rows, gather_rows
 from zenray.model.experts import ExpertBank
-from zenray.model.grouped import grouped_linear, parts_of, times_transposed
+from zenray.model.grouped import grouped_linear, parts_of
+from zenray.model.linear import times_transposed
 
 
 class LoRAExperts(nn.Module):

@@ -13,6 +13,7 @@ from zenray.model.balance import RouterStats
 from zenray.model.blocks import BlockContext, make_blocks, split_off_blocks
 from zenray.model.config import MoDEConfig
 from zenray.model.experts import make_experts
+from zenray.model.linear import Linear
 from zenray.model.router import ExpertChoiceRouter, Router, TokenChoiceRouter
 
 
@@ -21,9 +22,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width, bias=False)
+        self.up_proj = Linear(hidden_size, width, bias=False)
+        self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

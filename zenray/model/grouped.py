@@ -4,7 +4,7 @@ D hidden, E experts, R rows sorted by expert, I width of an expert.
 
 Where PyTorch has a fused kernel (CUDA) it is used: `torch.nn.functional.grouped_mm`. On a CPU that is a loop over
 experts with several passes over memory; there this module's own loop does all of one expert while its rows are in
-cache, and lets oneDNN multiply float32 (MKL, PyTorch's choice, takes half of the speed on AMD processors).
+cache, and lets oneDNN multiply float32 (see zenray.model.linear).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from zenray.model.linear import times_transposed
 
 
 def grouped_swiglu(
@@ -112,10 +114,3 @@ def parts_of(rows: list[int]) -> list[tuple[int, slice]]:
             found.append((expert, slice(start, start + count)))
         start += count
     return found
-
-
-def times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """a @ bᵀ, by oneDNN for float32 on a CPU. Neither needs to be contiguous."""
-    if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.t()

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from zenray.model.balance import RouterStats
 from zenray.model.distillation import TopLogits, top_forward_kl
+from zenray.model.linear import linear, times_transposed
 from zenray.model.network import Masks, MoDE
 from zenray.training.data.stream import IGNORED, Batch
 
@@ -128,11 +129,33 @@ class Objective(nn.Module):
         return hidden_states(self.model, batch)[0]
 
 
-def _chunk_loss(
-    h: Tensor, head_VD: Tensor, labels: Tensor, teachers: Sequence[Taught], temperature: float
-) -> tuple[Tensor, Tensor]:
+def _with_gradient(
+    logits: Tensor, labels: Tensor, teachers: Sequence[Taught], distillation: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lm, kl) summed over one chunk, and the gradient of lm + distillation · kl by its logits, which are used up."""
+    if not teachers:
+        lm, dlogits = _cross_entropy(logits, labels)
+        return lm, lm.new_zeros(()), dlogits
+    with torch.enable_grad():
+        logits.requires_grad_()
+        lm, kl = _losses(logits, labels, teachers, temperature)
+        (dlogits,) = torch.autograd.grad(lm + distillation * kl, logits)
+    return lm.detach(), kl.detach(), dlogits
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over targets, and its gradient in the memory of `logits`: softmax less the label."""
+    counted = (labels != IGNORED).to(logits.dtype)[:, None]
+    label = labels.clamp(min=0)[:, None]
+    of_label = logits.gather(1, label)
+    largest = logits.amax(dim=1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    lm = ((largest + total.log() - of_label) * counted).sum()
+    return lm, logits.mul_(counted / total).scatter_add_(1, label, -counted)
+
+
+def _losses(logits: Tensor, labels: Tensor, teachers: Sequence[Taught], temperature: float) -> tuple[Tensor, Tensor]:
     """(lm, kl) summed over one chunk. `teachers` hold the chunk's states."""
-    logits = F.linear(h, head_VD).float()
     lm = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     kl = lm.new_zeros(())
     if teachers:
@@ -159,22 +182,24 @@ class _ChunkedHead(torch.autograd.Function):
         needs_h, needs_head = ctx.needs_input_grad[:2]
         lm, kl = (torch.zeros((), device=h_TD.device) for _ in range(2))
         dh_TD = torch.empty_like(h_TD) if needs_h else None
-        dhead_VD = torch.zeros_like(head_VD) if needs_head else None
+        dhead_VD = None
         for start in range(0, h_TD.shape[0], CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            h = h_TD[part].detach().requires_grad_(needs_h)
-            head = head_VD.detach().requires_grad_(needs_head)
-            taught = [teacher.part(part) for teacher in teachers]
-            with torch.set_grad_enabled(needs_h or needs_head):
-                chunk_lm, chunk_kl = _chunk_loss(h, head, labels_T[part], taught, temperature)
-                wanted = [tensor for tensor in (h, head) if tensor.requires_grad]
-                if wanted:
-                    gradients = list(torch.autograd.grad(chunk_lm + distillation * chunk_kl, wanted))
-                    if dh_TD is not None:
-                        dh_TD[part] = gradients.pop(0)
-                    if dhead_VD is not None:
-                        dhead_VD += gradients.pop()
-            lm, kl = lm + chunk_lm.detach(), kl + chunk_kl.detach()
+            h, labels, taught = h_TD[part], labels_T[part], [teacher.part(part) for teacher in teachers]
+            logits = linear(h, head_VD).float()
+            if needs_h or needs_head:
+                chunk_lm, chunk_kl, dlogits = _with_gradient(logits, labels, taught, distillation, temperature)
+                dlogits = dlogits.to(h_TD.dtype)
+                if dh_TD is not None:
+                    dh_TD[part] = times_transposed(dlogits, head_VD.t())
+                if needs_head:
+                    dhead = times_transposed(dlogits.t(), h.t())
+                    dhead_VD = dhead if dhead_VD is None else dhead_VD.add_(dhead)
+            else:
+                chunk_lm, chunk_kl = _losses(logits, labels, taught, temperature)
+            lm, kl = lm + chunk_lm, kl + chunk_kl
+        if needs_head and dhead_VD is None:  # no token at all
+            dhead_VD = torch.zeros_like(head_VD)
         ctx.save_for_backward(dh_TD, dhead_VD)
         ctx.mark_non_differentiable(lm, kl)
         return lm + distillation * kl, lm, kl
@@ -182,6 +207,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """In place: a head's gradient is as large as the head, and memory that is new costs more than the product."""
         dh_TD, dhead_VD = ctx.saved_tensors
-        scaled = [None if gradient is None else gradient * dtotal.to(gradient.dtype) for gradient in (dh_TD, dhead_VD)]
+        scaled = [None if gradient is None else gradient.mul_(dtotal) for gradient in (dh_TD, dhead_VD)]
         return *scaled, None, None, None, None
