@@ -56,6 +56,25 @@ def test_time_in_collectives_is_counted_and_the_functions_are_put_back(monkeypat
     assert called == ["first", "second"] and torch.distributed.all_reduce is real
 
 
+def test_the_wait_for_a_collective_that_was_only_started_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(torch.distributed.Work):
+        pass
+
+    now = iter(range(1000))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed.Work, "wait", lambda work: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda: Started())
+    told: list[dict[str, Any]] = []
+    measures = StepMeasures(told.append, CONFIG, context_tokens=16)  # at 0
+    with measures.watching_collectives():
+        work = torch.distributed.all_reduce()  # 1 to 2
+        work.wait()  # 3 to 4
+        Started().wait()  # somebody else's
+    measures(dict(STEP))  # at 5
+    assert told[0]["communication_share"] == pytest.approx(2 / 5)
+
+
 def test_utilisation_is_of_the_hardwares_peak_over_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)

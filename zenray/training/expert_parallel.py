@@ -35,6 +35,7 @@ def expert_banks(model: MoDE) -> Iterator[tuple[str, ExpertBank]]:
 
 def parallelize(model: MoDE, mesh: Mesh) -> None:
     """Keep this rank's share of the experts, in place, and exchange rows. No collective; parameter names stay.
+    Idempotent.
 
     A bank's experts are cut as DTensor's Shard(0) cuts them; they need not divide evenly. Nothing is done for a group
     of one.
@@ -42,15 +43,16 @@ def parallelize(model: MoDE, mesh: Mesh) -> None:
     if mesh.expert_size == 1:
         return
     for layer in [part for part in model.modules() if isinstance(part, MixtureOfExperts)]:
-        exchange = ExpertExchange(layer.experts, mesh)  # before the banks are cut: it notes their sizes
+        if "forward" in vars(layer.experts):
+            continue
         for bank in banks_of(layer.experts):
             mine = mesh.chunk(bank.num_experts)
             for name in ("gate_up_proj", "down_proj"):
                 whole = getattr(bank, name)
                 part = nn.Parameter(whole.detach()[mine].clone(), requires_grad=whole.requires_grad)
                 setattr(bank, name, part)
-            bank.num_experts = mine.stop - mine.start
-        layer.experts.forward = exchange.forward  # type: ignore[method-assign]
+            bank.num_experts, bank.first_expert = mine.stop - mine.start, mine.start
+        layer.experts.forward = ExpertExchange(layer.experts, mesh).forward  # type: ignore[method-assign]
 
 
 class ExpertExchange:
@@ -62,9 +64,9 @@ class ExpertExchange:
         start = 0
         for bank in banks_of(experts):
             for rank, owned in enumerate(owners):
-                mine = mesh.chunk(bank.num_experts, rank)
+                mine = mesh.chunk(bank.whole_experts, rank)
                 owned += range(start + mine.start, start + mine.stop)
-            start += bank.num_experts
+            start += bank.whole_experts
         self._counts = [len(owned) for owned in owners]  # experts of each rank
         self._order_E = torch.tensor([expert for owned in owners for expert in owned])
         self._is_ordered = bool((self._order_E == torch.arange(start)).all())
@@ -73,16 +75,17 @@ class ExpertExchange:
     def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         """y_TD, as the experts themselves would compute it. Collective over the group, also without any token."""
         assignment = self._by_owner(assignment)
-        sent, received, rows_nF = self._exchange_counts(assignment.rows_E)
-        x_QD = _AllToAll.apply(gather_rows(x_TD, assignment), self._group, sent, received)
-        weight_Q = _AllToAll.apply(assignment.weight_R.to(x_TD.dtype), self._group, sent, received)
+        rows_nF, counted = self._send_counts(assignment.rows_E)
+        x_RD, weight_R = gather_rows(x_TD, assignment), assignment.weight_R.to(x_TD.dtype)  # while the counts travel
+        sent, received = self._split_sizes(assignment.rows_E, rows_nF, counted)
+        x_QD, weight_Q = _AllToAll.apply(self._group, sent, received, x_RD, weight_R)
         # Rows came rank by rank, each rank's expert by expert; the grouped product wants expert by expert.
         to_experts_Q, to_ranks_Q = _transpose_blocks(rows_nF)
         x_QD = _Permute.apply(x_QD, to_experts_Q, to_ranks_Q)
         weight_Q = _Permute.apply(weight_Q, to_experts_Q, to_ranks_Q)
         y_QD = self._experts.run(x_QD, rows_nF.sum(dim=0), weight_Q)
         y_QD = _Permute.apply(y_QD, to_ranks_Q, to_experts_Q)
-        y_RD = _AllToAll.apply(y_QD, self._group, received, sent)
+        (y_RD,) = _AllToAll.apply(self._group, received, sent, y_QD)
         return combine_rows(y_RD, assignment, x_TD.shape[0])
 
     def _by_owner(self, assignment: Assignment) -> Assignment:
@@ -100,18 +103,20 @@ class ExpertExchange:
             slot_TK=None if slot_TK is None else inverse_R[slot_TK],
         )
 
-    def _exchange_counts(self, rows_E: Tensor) -> tuple[list[int], list[int], Tensor]:
-        """Rows to send to each rank, rows to receive from each, and the latter by expert: the one wait for the device.
-
-        rows_nF stays on the device.
-        """
+    def _send_counts(self, rows_E: Tensor) -> tuple[Tensor, dist.Work]:
+        """rows_nF, the rows to receive from each rank for each expert of this one, once the work is done."""
         ranks = len(self._counts)
         rows_nF = rows_E.new_empty(ranks * self._mine)
-        dist.all_to_all_single(rows_nF, rows_E.contiguous(), [self._mine] * ranks, self._counts, group=self._group)
-        rows_nF = rows_nF.view(ranks, self._mine)
+        sizes = [self._mine] * ranks
+        work = dist.all_to_all_single(rows_nF, rows_E.contiguous(), sizes, self._counts, self._group, async_op=True)
+        return rows_nF.view(ranks, self._mine), work
+
+    def _split_sizes(self, rows_E: Tensor, rows_nF: Tensor, counted: dist.Work) -> tuple[list[int], list[int]]:
+        """Rows to send to each rank, and to receive from each: the one wait for the device."""
+        counted.wait()
         sent_n = torch.stack([part.sum() for part in rows_E.split(self._counts)])
         sent, received = torch.stack([sent_n, rows_nF.sum(dim=1)]).tolist()
-        return sent, received, rows_nF
+        return sent, received
 
 
 def _transpose_blocks(rows_nF: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,23 +143,34 @@ def _inverse(order: Tensor) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to and from every rank of a group. The backward pass sends each gradient the way its row came."""
+    """Rows to and from every rank of a group, in one or several tensors. The backward pass sends each gradient the way
+    its row came."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, sent: list[int], received: list[int], *rows: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _all_to_all(x, group, sent, received)
+        return _all_to_all(rows, group, sent, received)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_to_all(dy, ctx.group, ctx.received, ctx.sent), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *_all_to_all(gradients, ctx.group, ctx.received, ctx.sent)
 
 
-def _all_to_all(x: Tensor, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> Tensor:
-    out = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-    return out
+def _all_to_all(
+    tensors: tuple[Tensor, ...], group: dist.ProcessGroup, sent: list[int], received: list[int]
+) -> tuple[Tensor, ...]:
+    """On their way together, so that a small one costs no wait of its own."""
+    there = [x.new_empty(sum(received), *x.shape[1:]) for x in tensors]
+    works = [
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group, async_op=True)
+        for out, x in zip(there, tensors, strict=True)
+    ]
+    for work in works:
+        work.wait()
+    return tuple(there)
 
 
 class _Permute(torch.autograd.Function):

@@ -60,21 +60,28 @@ def reduce_gradients(trainables: Sequence[Trainable], mesh: Mesh) -> None:
 
 
 def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Large ones where they lie, small ones in buckets: few messages, and few copies."""
+    """Large ones where they lie, small ones in buckets: few messages, few copies. All are on their way at once."""
     small = [gradient for gradient in gradients if gradient.nbytes < LARGE_BYTES]
-    for gradient in gradients:
-        if gradient.nbytes >= LARGE_BYTES:
-            dist.all_reduce(gradient, group=group)
+    works = [
+        dist.all_reduce(gradient, group=group, async_op=True)
+        for gradient in gradients
+        if gradient.nbytes >= LARGE_BYTES
+    ]
+    buckets: list[tuple[Tensor, list[Tensor]]] = []
     bucket: list[Tensor] = []
     for index, gradient in enumerate(small):
         bucket.append(gradient)
         if index + 1 < len(small) and sum(one.nbytes for one in bucket) < BUCKET_BYTES:
             continue
         flat = _flatten_dense_tensors(bucket)
-        dist.all_reduce(flat, group=group)
+        works.append(dist.all_reduce(flat, group=group, async_op=True))
+        buckets.append((flat, bucket))
+        bucket = []
+    for work in works:
+        work.wait()
+    for flat, bucket in buckets:
         for one, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
             one.copy_(reduced)
-        bucket = []
 
 
 @torch.no_grad()

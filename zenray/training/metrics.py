@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,8 @@ class StepMeasures:
             flops = _BACKWARD * flops_per_token(config.dimensions(), context_tokens)
             flops += sum(flops_per_token(teacher.dimensions(), context_tokens) for teacher in teachers)
             self._share_of_token = flops / (peak * world)
-        self._waited_s = 0.0
+        self._waited_s, self._is_waiting = 0.0, False
+        self._started: WeakSet[dist.Work] = WeakSet()
         self._of_pipeline = of_pipeline
         self._before_s = self._of_pipeline()
         self._since_s = time.perf_counter()
@@ -108,25 +110,34 @@ class StepMeasures:
     def watching_collectives(self) -> Iterator[None]:
         """Within, the time that this worker's calls of collectives take is added up. They wait for the slowest worker.
 
-        torch tells how long a collective took for NCCL only, so its functions are wrapped for as long as this lasts.
+        torch tells how long a collective took for NCCL only, so its functions, and the wait for what they only started,
+        are wrapped for as long as this lasts.
         """
-        real = {name: getattr(dist, name) for name in _COLLECTIVES}
-        for name, function in real.items():
-            setattr(dist, name, self._timed(function))
+        places: list[tuple[Any, str]] = [(dist, name) for name in _COLLECTIVES] + [(dist.Work, "wait")]
+        real = [(place, name, getattr(place, name)) for place, name in places]
+        for place, name, function in real:
+            setattr(place, name, self._timed(function))
         try:
             yield
         finally:
-            for name, function in real.items():
-                setattr(dist, name, function)
+            for place, name, function in real:
+                setattr(place, name, function)
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
-            began_s = time.perf_counter()
+            work = arguments[0] if arguments and isinstance(arguments[0], dist.Work) else None
+            if self._is_waiting or (work is not None and work not in self._started):
+                return function(*arguments, **named)  # a collective's own wait; a message between stages
+            began_s, self._is_waiting = time.perf_counter(), True
             try:
-                return function(*arguments, **named)
+                result = function(*arguments, **named)
             finally:
                 self._waited_s += time.perf_counter() - began_s
+                self._is_waiting = False
+            if isinstance(result, dist.Work):
+                self._started.add(result)
+            return result
 
         return call
 
