@@ -1,10 +1,10 @@
 """The other side of benchmarks.ep_training: transformers' own all-to-all expert parallelism, in its own environment.
 
-    python ep_peer.py FOLDER
+    python ep_peer.py FOLDER SEQUENCES
 
 One of WORLD_SIZE processes (RANK and MASTER_ADDR from the environment, as torchrun sets them), with nothing of zenray.
-FOLDER holds `state.pt`, the weights of the other sides, and `batches.pt`. Speaks the protocol of `ep_training`: for
-every line it reads it trains one step and answers with seconds and loss.
+FOLDER holds `state.pt`, the weights of the other sides, and `batches.pt`; each process takes SEQUENCES in a pass.
+Speaks the protocol of `ep_training`: for every line it reads it trains one step and answers with seconds and loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.distributed import DistributedConfig
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, of_pass = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
@@ -36,7 +36,7 @@ def main() -> None:
     for step, _ in enumerate(sys.stdin):
         dist.barrier()
         started = time.perf_counter()
-        loss = train_step(model, optimizer, [ids.chunk(world)[rank] for ids in batches[step]])
+        loss = train_step(model, optimizer, [ids.chunk(world)[rank] for ids in batches[step].split(of_pass * world)])
         print(json.dumps({"time_s": time.perf_counter() - started, "loss": loss}), flush=True)
     dist.destroy_process_group()
 

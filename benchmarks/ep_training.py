@@ -1,13 +1,15 @@
 """Expert-parallel training on two processes of one thread, against one process of two threads and against transformers.
 
-    python -m benchmarks.ep_training [--quick]
+    python -m benchmarks.ep_training [--quick] [--rounds N]
 
-SmolLM2-135M upcycled to 4 experts, 2 for each token, in its last 6 layers; whole optimiser steps of two passes,
-float32, wall time. Every side is a program of its own that trains one step when it is told to; they take turns in
-every round, with the same weights and tokens, and their losses must agree, or the benchmark fails. `ep2_ratio` is one
-process's time by that of two, `vs_transformers_ratio` transformers' by ours: above 1 where ours is faster. transformers
-5.23 (its all-to-all expert parallelism beside FSDP2) is installed into an environment of its own below .zenray/bench,
-on this environment's torch, and left out with --quick.
+SmolLM2-135M upcycled to 4 experts, 2 for each token, in its last 6 layers; whole optimiser steps, float32, wall time.
+All sides run one job: so many sequences a step, four in a pass of each process, so one process makes twice the passes
+of two. Every side is a program of its own that trains one step when it is told to. Two sides at a time (more do not fit
+into 24 GB) take turns, with the same weights and tokens, and all losses must agree, or the benchmark fails.
+`ep2_ratio` is one process's time by that of two, `vs_transformers_ratio` transformers' by ours, each the median over
+neighbouring steps: above 1 where ours is faster. transformers 5.23 (its all-to-all expert parallelism beside FSDP2) is
+installed into an environment of its own below .zenray/bench, on this environment's torch. --quick leaves it out, and EP
+beside fully sharded weights.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import tempfile
 import venv
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,17 +38,39 @@ from benchmarks.report import print_report
 LAYERS = 30
 TRANSFORMERS = "5.23.0"
 PEER_HOME = Path(".zenray/bench/transformers")
-SEQUENCES, PASSES = 4, 2  # of a pass, over all processes; passes of a step
+OF_STEP, OF_PASS = 16, 4  # sequences: over all processes, and of each
 
 
 @dataclass
 class Side:
-    """Its processes, and what their first one said of each step."""
+    """A program on so many processes, and what the first one said of each step."""
 
     name: str
-    processes: list[subprocess.Popen[str]]
+    command: list[str]
+    world: int
     times_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(self, stack: ExitStack) -> None:
+        """Its processes, found by one another as torchrun's are; they share two threads, and end with the stack."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.world):
+            about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world, "OMP_NUM_THREADS": 2 // self.world}
+            about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TRANSFORMERS_VERBOSITY": "error"}
+            process = subprocess.Popen(
+                self.command,
+                env={**os.environ, **{key: str(value) for key, value in about.items()}},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            self.processes.append(process)
 
     def wait_until_ready(self) -> None:
         for process in self.processes:
@@ -66,84 +91,76 @@ class Side:
         return json.loads(line)
 
     @property
-    def median_s(self) -> float:
-        return statistics.median(self.times_s[1:])  # the first step warms up
+    def warm_s(self) -> list[float]:
+        return self.times_s[1:]
+
+    def ratio(self, other: Side) -> float:
+        """How many times as long as the other's its steps take: the median over rounds."""
+        return round(statistics.median(mine / its for mine, its in zip(self.warm_s, other.warm_s, strict=True)), 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="8 layers, fewer steps, without transformers")
-    quick = parser.parse_args().quick
-    layers, rounds = (8, 3) if quick else (LAYERS, 6)
+    parser.add_argument("--quick", action="store_true", help="8 layers, two sides: within a minute or so")
+    parser.add_argument("--rounds", type=int, default=3, help="measured after one that warms up")
+    options = parser.parse_args()
+    quick, rounds = options.quick, options.rounds
+    layers, of_step = (8, OF_STEP // 2) if quick else (LAYERS, OF_STEP)
     why_not = "left out by --quick" if quick else install_transformers()
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_inputs(folder, layers, rounds + 1)
-        ours = [sys.executable, "-m", "benchmarks.ep_worker", str(folder), str(layers), str(SEQUENCES), str(PASSES)]
-        sides = [
-            start(stack, "one process, 2 threads", ours, 1, 2),
-            start(stack, "EP 2, 1 thread each", ours, 2, 1),
-            start(stack, "EP 2, fully sharded", [*ours, "sharded"], 2, 1),
-        ]
+        write_inputs(folder, layers, rounds + 1, of_step)
+        ours = [sys.executable, "-m", "benchmarks.ep_worker", str(folder), str(layers), str(OF_PASS)]
+        one = partial(Side, "one process, 2 threads", ours, 1)
+        parallel = partial(Side, "EP 2, 1 thread each", ours, 2)
+        duels = {"ep2_ratio": take_turns(one(), parallel(), rounds)}
+        if not quick:
+            sharded = Side("EP 2, fully sharded", [*ours, "sharded"], 2)
+            duels["ep2_sharded_ratio"] = take_turns(one(), sharded, rounds)
         if why_not is None:
             script = str(Path(__file__).with_name("ep_peer.py"))
-            theirs = [str(PEER_HOME.absolute() / "bin/python"), script, str(folder)]
-            sides.append(start(stack, "transformers EP 2", theirs, 2, 1))
-        for side in sides:
+            theirs = [str(PEER_HOME.absolute() / "bin/python"), script, str(folder), str(OF_PASS)]
+            duels["vs_transformers_ratio"] = take_turns(Side("transformers EP 2", theirs, 2), parallel(), rounds)
+    report(duels, layers, of_step * LENGTH, why_not)
+
+
+def take_turns(one: Side, other: Side, rounds: int) -> tuple[Side, Side]:
+    """Both, after a step each that warms up and so many more."""
+    with ExitStack() as stack:
+        for side in (one, other):
+            side.start(stack)
+        for side in (one, other):
             side.wait_until_ready()
         for number in range(rounds + 1):
-            for side in sides if number % 2 else sides[::-1]:
+            for side in (one, other) if number % 2 else (other, one):
                 side.step()
-    report(sides, layers, why_not)
+    return one, other
 
 
-def report(sides: list[Side], layers: int, why_not: str | None) -> None:
-    expected = torch.tensor(sides[0].losses)
-    for side in sides[1:]:
-        if not torch.allclose(torch.tensor(side.losses), expected, rtol=1e-3):
+def report(duels: dict[str, tuple[Side, Side]], layers: int, tokens: int, why_not: str | None) -> None:
+    sides = [side for pair in duels.values() for side in pair]
+    for side in sides:
+        if not torch.allclose(torch.tensor(side.losses), torch.tensor(sides[0].losses), rtol=1e-3):
             raise RuntimeError(f"{side.name} lost {side.losses}, {sides[0].name} {sides[0].losses}")
-    tokens = SEQUENCES * PASSES * LENGTH
-    times = {side.name: side.median_s for side in sides}
-    ours = min(times["EP 2, 1 thread each"], times["EP 2, fully sharded"])
-    theirs = times.get("transformers EP 2")
+    medians = [statistics.median(side.warm_s) for side in sides]
     print_report(
-        f"One optimiser step, {tokens:,} tokens, {layers} layers",
-        ["side", "s / step", "fastest s", "tokens / s"],
-        [[side.name, side.median_s, min(side.times_s), tokens / side.median_s] for side in sides],
+        f"One optimiser step, {tokens:,} tokens, {layers} layers, {len(sides[0].warm_s)} rounds, neighbours in turn",
+        ["side", "s / step, median", "fastest s", "tokens / s"],
+        [[side.name, median, min(side.warm_s), tokens / median] for side, median in zip(sides, medians, strict=True)],
         {
-            "ep2_ratio": round(times["one process, 2 threads"] / times["EP 2, 1 thread each"], 3),
-            "ep2_sharded_ratio": round(times["one process, 2 threads"] / times["EP 2, fully sharded"], 3),
-            "vs_transformers_ratio": None if theirs is None else round(theirs / ours, 3),
+            **{name: one.ratio(other) for name, (one, other) in duels.items()},
             "transformers": why_not or TRANSFORMERS,
         },
     )
 
 
-def write_inputs(folder: Path, layers: int, steps: int) -> None:
+def write_inputs(folder: Path, layers: int, steps: int, of_step: int) -> None:
     """The same weights and tokens for all sides."""
     torch.save(network(layers).state_dict(), folder / "state.pt")
     generator = torch.Generator().manual_seed(0)
-    shape = (steps, PASSES, SEQUENCES, LENGTH + 1)
+    shape = (steps, of_step, LENGTH + 1)
     torch.save(torch.randint(0, 49152, shape, generator=generator), folder / "batches.pt")
     (folder / "config.json").write_text(json.dumps(peer_config(layers)))
-
-
-def start(stack: ExitStack, name: str, command: list[str], world: int, threads: int) -> Side:
-    """Its processes, found by one another as torchrun's are; killed at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "OMP_NUM_THREADS": threads}
-        about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TRANSFORMERS_VERBOSITY": "error"}
-        environment = {**os.environ, **{key: str(value) for key, value in about.items()}}
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-        stack.callback(process.kill)
-        processes.append(process)
-    return Side(name, processes)
 
 
 def install_transformers() -> str | None:

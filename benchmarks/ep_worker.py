@@ -1,9 +1,9 @@
 """Our sides of benchmarks.ep_training: one process of expert-parallel training, told by lines on standard input.
 
-    python -m benchmarks.ep_worker FOLDER LAYERS SEQUENCES PASSES [sharded]
+    python -m benchmarks.ep_worker FOLDER LAYERS SEQUENCES [sharded]
 
-WORLD_SIZE processes form one expert group. For every line read, one step is trained, and answered with its seconds and
-its loss.
+WORLD_SIZE processes form one expert group; each takes SEQUENCES in a pass. For every line read, one step is trained,
+and answered with its seconds and its loss.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def peer_config(layers: int) -> dict[str, Any]:
     }
 
 
-def job(sequences: int, passes: int, workers: int) -> PretrainJob:
+def job(of_step: int, of_pass: int, workers: int) -> PretrainJob:
     about: dict[str, Any] = {
         "kind": "pretrain",
         "name": "benchmark",
@@ -80,8 +80,8 @@ def job(sequences: int, passes: int, workers: int) -> PretrainJob:
         "into": {"model": "none", "version": "v1"},
         "data": {"sources": [{"domain": "prose", "builtin": "prose"}]},
         "steps": 100,
-        "sequences_per_step": sequences * passes,
-        "sequences_per_pass": sequences // workers,
+        "sequences_per_step": of_step,
+        "sequences_per_pass": of_pass,
         "workers": {"count": workers, "expert_parallel": workers},
         "optimisation": {"warmup_steps": 0, "final_share": 1.0},
         "activation_checkpointing": "none",
@@ -96,7 +96,7 @@ def batch(ids_BS: Tensor) -> Batch:
 
 
 def main() -> None:
-    folder, layers, sequences, passes = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    folder, layers, of_pass = Path(sys.argv[1]), *map(int, sys.argv[2:4])
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.set_flush_denormal(True)
@@ -104,12 +104,12 @@ def main() -> None:
         dist.init_process_group("gloo")
     model = network(layers)
     model.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
-    mesh = Mesh.create(world, fully_sharded=sys.argv[5:] == ["sharded"])
-    trainer = Trainer(model, job(sequences, passes, world), mesh)
+    mesh = Mesh.create(world, fully_sharded=sys.argv[4:] == ["sharded"])
     batches = torch.load(folder / "batches.pt", weights_only=True)
+    trainer = Trainer(model, job(batches.shape[1], of_pass, world), mesh)
     print(json.dumps({"ready": True}), flush=True)
     for step, _ in enumerate(sys.stdin):
-        parts = [batch(ids.chunk(world)[rank]) for ids in batches[step]]
+        parts = [batch(ids.chunk(world)[rank]) for ids in batches[step].split(of_pass * world)]
         if world > 1:
             dist.barrier()
         started = time.perf_counter()
