@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
+import pytest_asyncio
 
 from tests.cluster.ray_session import ray_session as ray_session
+from tests.gateway.running import Engine, FakeControl, RunningGateway
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +17,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "contract" in item.path.parts:
             group = "ray" if "ray_session" in getattr(item, "fixturenames", ()) else item.path.stem
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[Engine]:
+    running = await Engine.start()
+    yield running
+    await running.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway(
+    request: pytest.FixtureRequest, control: FakeControl, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[RunningGateway]:
+    """A gateway at the module's own `control`, with what the module's GATEWAY sets."""
+    settings = getattr(request.module, "GATEWAY", {})
+    running = await RunningGateway(tmp_path_factory.mktemp("gateway"), control, **settings).start()
+    yield running
+    assert await running.stop() == 0

@@ -15,15 +15,9 @@ from tests.gateway.running import KEY, Engine, FakeControl, RunningGateway, rout
 from zenray.spec.usage import Outcome
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio(loop_scope="module")]
+GATEWAY = {"drain_timeout_s": 2, "lease_wait_s": 30}
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[Engine]:
-    running = await Engine.start()
-    yield running
-    await running.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -35,15 +29,6 @@ async def control(engine: Engine) -> AsyncIterator[FakeControl]:
     fake.publish()
     yield fake
     await fake.stop()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def gateway(control: FakeControl, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningGateway]:
-    running = await RunningGateway(
-        tmp_path_factory.mktemp("gateway"), control, drain_timeout_s=2, lease_wait_s=30
-    ).start()
-    yield running
-    assert await running.stop() == 0
 
 
 async def connect(gateway: RunningGateway) -> Connection:

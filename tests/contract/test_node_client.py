@@ -22,13 +22,6 @@ FOLDER = Path(__file__).parent / "node"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[Engine]:
-    running = await Engine.start()
-    yield running
-    await running.stop()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def control(engine: Engine) -> AsyncIterator[FakeControl]:
     fake = FakeControl()
     fake.add_key(KEY)
@@ -38,13 +31,6 @@ async def control(engine: Engine) -> AsyncIterator[FakeControl]:
     fake.publish()
     yield fake
     await fake.stop()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def gateway(control: FakeControl, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningGateway]:
-    running = await RunningGateway(tmp_path_factory.mktemp("gateway"), control).start()
-    yield running
-    assert await running.stop() == 0
 
 
 def node() -> Path:

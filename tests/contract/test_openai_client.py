@@ -20,6 +20,7 @@ from zenray.spec.edge import RouteState
 from zenray.spec.usage import Outcome
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio(loop_scope="module")]
+GATEWAY = {"max_body_bytes": 100_000}
 
 POOR, EXPIRED, REVOKED, NARROW = "sk-zen-poor", "sk-zen-expired", "sk-zen-revoked", "sk-zen-narrow"
 HELLO: Any = [{"role": "user", "content": "hello there"}]
@@ -27,13 +28,6 @@ HELLO: Any = [{"role": "user", "content": "hello there"}]
 
 def script(words: str) -> Any:
     return [{"role": "user", "content": f"go on [[{words}]]"}]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[Engine]:
-    running = await Engine.start()
-    yield running
-    await running.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -50,13 +44,6 @@ async def control(engine: Engine) -> AsyncIterator[FakeControl]:
     fake.publish()
     yield fake
     await fake.stop()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def gateway(control: FakeControl, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningGateway]:
-    running = await RunningGateway(tmp_path_factory.mktemp("gateway"), control, max_body_bytes=100_000).start()
-    yield running
-    assert await running.stop() == 0
 
 
 async def billed(control: FakeControl, answer_id: str) -> Any:
