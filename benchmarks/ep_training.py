@@ -3,13 +3,12 @@
     python -m benchmarks.ep_training [--quick] [--rounds N]
 
 SmolLM2-135M upcycled to 4 experts, 2 for each token, in its last 6 layers; whole optimiser steps, float32, wall time.
-All sides run one job: so many sequences a step, four in a pass of each process, so one process makes twice the passes
-of two. Every side is a program of its own that trains one step when it is told to. Two sides at a time (more do not fit
-into 24 GB) take turns, with the same weights and tokens, and all losses must agree, or the benchmark fails.
-`ep2_ratio` is one process's time by that of two, `vs_transformers_ratio` transformers' by ours, each the median over
-neighbouring steps: above 1 where ours is faster. transformers 5.23 (its all-to-all expert parallelism beside FSDP2) is
-installed into an environment of its own below .zenray/bench, on this environment's torch. --quick leaves it out, and EP
-beside fully sharded weights.
+Two sides at a time run one job: so many sequences a step, so many in a pass of each process, so one process makes twice
+the passes of two. Every side is a program of its own that trains one step when it is told to; they take turns, with the
+same weights and tokens, and all losses must agree, or the benchmark fails. `ep2_ratio` is one process's time by that of
+two, `vs_transformers_ratio` transformers' by ours, each the median over neighbouring steps: above 1 where ours is
+faster. transformers 5.23 (its all-to-all expert parallelism beside FSDP2) is installed into an environment of its own
+below .zenray/bench, on this environment's torch. --quick leaves it out, and EP beside fully sharded weights.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from benchmarks.report import print_report
 LAYERS = 30
 TRANSFORMERS = "5.23.0"
 PEER_HOME = Path(".zenray/bench/transformers")
-OF_STEP, OF_PASS = 16, 4  # sequences: over all processes, and of each
+OF_STEP = 8  # sequences of a step, over all processes
 
 
 @dataclass
@@ -102,15 +101,15 @@ class Side:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="8 layers, two sides: within a minute or so")
-    parser.add_argument("--rounds", type=int, default=3, help="measured after one that warms up")
+    parser.add_argument("--rounds", type=int, default=4, help="measured after one that warms up")
     options = parser.parse_args()
     quick, rounds = options.quick, options.rounds
-    layers, of_step = (8, OF_STEP // 2) if quick else (LAYERS, OF_STEP)
+    layers, of_pass = (8, 4) if quick else (LAYERS, 2)  # four whole networks of longer passes do not fit into 24 GB
     why_not = "left out by --quick" if quick else install_transformers()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_inputs(folder, layers, rounds + 1, of_step)
-        ours = [sys.executable, "-m", "benchmarks.ep_worker", str(folder), str(layers), str(OF_PASS)]
+        write_inputs(folder, layers, rounds + 1)
+        ours = [sys.executable, "-m", "benchmarks.ep_worker", str(folder), str(layers), str(of_pass)]
         one = partial(Side, "one process, 2 threads", ours, 1)
         parallel = partial(Side, "EP 2, 1 thread each", ours, 2)
         duels = {"ep2_ratio": take_turns(one(), parallel(), rounds)}
@@ -119,9 +118,9 @@ def main() -> None:
             duels["ep2_sharded_ratio"] = take_turns(one(), sharded, rounds)
         if why_not is None:
             script = str(Path(__file__).with_name("ep_peer.py"))
-            theirs = [str(PEER_HOME.absolute() / "bin/python"), script, str(folder), str(OF_PASS)]
+            theirs = [str(PEER_HOME.absolute() / "bin/python"), script, str(folder), str(of_pass)]
             duels["vs_transformers_ratio"] = take_turns(Side("transformers EP 2", theirs, 2), parallel(), rounds)
-    report(duels, layers, of_step * LENGTH, why_not)
+    report(duels, layers, why_not)
 
 
 def take_turns(one: Side, other: Side, rounds: int) -> tuple[Side, Side]:
@@ -137,7 +136,8 @@ def take_turns(one: Side, other: Side, rounds: int) -> tuple[Side, Side]:
     return one, other
 
 
-def report(duels: dict[str, tuple[Side, Side]], layers: int, tokens: int, why_not: str | None) -> None:
+def report(duels: dict[str, tuple[Side, Side]], layers: int, why_not: str | None) -> None:
+    tokens = OF_STEP * LENGTH
     sides = [side for pair in duels.values() for side in pair]
     for side in sides:
         if not torch.allclose(torch.tensor(side.losses), torch.tensor(sides[0].losses), rtol=1e-3):
@@ -154,11 +154,11 @@ def report(duels: dict[str, tuple[Side, Side]], layers: int, tokens: int, why_no
     )
 
 
-def write_inputs(folder: Path, layers: int, steps: int, of_step: int) -> None:
+def write_inputs(folder: Path, layers: int, steps: int) -> None:
     """The same weights and tokens for all sides."""
     torch.save(network(layers).state_dict(), folder / "state.pt")
     generator = torch.Generator().manual_seed(0)
-    shape = (steps, of_step, LENGTH + 1)
+    shape = (steps, OF_STEP, LENGTH + 1)
     torch.save(torch.randint(0, 49152, shape, generator=generator), folder / "batches.pt")
     (folder / "config.json").write_text(json.dumps(peer_config(layers)))
 
