@@ -1,4 +1,4 @@
-"""What a pipeline stage keeps of a network: its layers' weights and no others, the same as in the whole."""
+"""What a worker keeps of a network: its stage's layers and its rank's experts, the same as in the whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from tests.training.tiny import CONFIG, write_version
 from zenray.catalog.catalog import Catalog
-from zenray.model.config import MoDEConfig
+from zenray.model.config import ExpertGroup, MoDEConfig
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.spec.jobs import load_job
@@ -21,7 +21,8 @@ from zenray.spec.training import PretrainJob
 from zenray.training.mesh import Mesh
 from zenray.training.networks import Checkpoint
 from zenray.training.stages import check_stages, keep_stage, layers_of
-from zenray.training.trainable import named_tensors
+from zenray.training.trainable import bank_sizes, named_tensors
+from zenray.training.worker import keep_share
 
 ROOT = Path(__file__).parents[2]
 FIVE = replace(CONFIG, num_hidden_layers=5, sparse_layers=(1, 3, 4))
@@ -36,6 +37,17 @@ class Stage(Mesh):
 
     @property
     def stage(self) -> int:
+        return self.number
+
+
+@dataclass(frozen=True)
+class Rank(Mesh):
+    """A worker of some expert group, without the others."""
+
+    number: int = 0
+
+    @property
+    def expert_rank(self) -> int:
         return self.number
 
 
@@ -81,6 +93,27 @@ def test_the_largest_recipes_stages_are_taken() -> None:
     check_axes(job.workers.count, job.workers.axes)
     assert job.workers.axes == Axes(pipeline=8, expert=32)
     assert job.workers.axes.replicas(job.workers.count) == 2 and job.workers.fully_sharded
+
+
+@pytest.mark.parametrize("widths", [(24,) * 5, (24, 24, 24, 16, 16)])
+def test_ranks_of_an_expert_group_read_their_experts_alone(tmp_path: Path, widths: tuple[int, ...]) -> None:
+    """Also a rank without any: five experts over four ranks are two, two, one and none."""
+    groups = tuple(ExpertGroup(f"g{width}", widths.count(width), width) for width in sorted(set(widths), reverse=True))
+    checkpoint = Checkpoint.open(write_version(tmp_path / "v0", replace(CONFIG, expert_groups=groups)))
+    for whole, make in (
+        (checkpoint.network(), checkpoint.network),
+        (checkpoint.fresh_network(7), partial(checkpoint.fresh_network, 7)),
+    ):
+        expected = named_tensors(whole)
+        ranks = [make(keep=partial(keep_share, mesh=Rank(expert_size=4, number=number))) for number in range(4)]
+        shares = [named_tensors(model) for model in ranks]
+        for name, tensor in expected.items():
+            parts = [share[name] for share in shares]
+            if "experts" in name:
+                assert torch.equal(torch.cat(parts), tensor)
+            else:
+                assert all(torch.equal(part, tensor) for part in parts)
+        assert all(bank_sizes(model) == bank_sizes(whole) for model in ranks)
 
 
 def test_a_stage_is_kept_once() -> None:

@@ -21,6 +21,7 @@ class ExpertBank(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int, width: int) -> None:
         super().__init__()
         self.num_experts, self.width = num_experts, width
+        self.first_expert, self.whole_experts = 0, num_experts  # of the whole bank, where workers share it
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
 

@@ -71,8 +71,8 @@ class TensorFolder:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """One tensor, or one row of its first axis, as a copy in memory. NotFound, CorruptData."""
+    def read(self, name: str, row: int | slice | None = None) -> Tensor:
+        """One tensor, or one row or some of its first axis, as a copy in memory. NotFound, CorruptData."""
         with self._open(name) as file:
             tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
             return tensor.clone()

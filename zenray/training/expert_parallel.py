@@ -35,6 +35,7 @@ def expert_banks(model: MoDE) -> Iterator[tuple[str, ExpertBank]]:
 
 def parallelize(model: MoDE, mesh: Mesh) -> None:
     """Keep this rank's share of the experts, in place, and exchange rows. No collective; parameter names stay.
+    Idempotent.
 
     A bank's experts are cut as DTensor's Shard(0) cuts them; they need not divide evenly. Nothing is done for a group
     of one.
@@ -42,15 +43,16 @@ def parallelize(model: MoDE, mesh: Mesh) -> None:
     if mesh.expert_size == 1:
         return
     for layer in [part for part in model.modules() if isinstance(part, MixtureOfExperts)]:
-        exchange = ExpertExchange(layer.experts, mesh)  # before the banks are cut: it notes their sizes
+        if "forward" in vars(layer.experts):
+            continue
         for bank in banks_of(layer.experts):
             mine = mesh.chunk(bank.num_experts)
             for name in ("gate_up_proj", "down_proj"):
                 whole = getattr(bank, name)
                 part = nn.Parameter(whole.detach()[mine].clone(), requires_grad=whole.requires_grad)
                 setattr(bank, name, part)
-            bank.num_experts = mine.stop - mine.start
-        layer.experts.forward = exchange.forward  # type: ignore[method-assign]
+            bank.num_experts, bank.first_expert = mine.stop - mine.start, mine.start
+        layer.experts.forward = ExpertExchange(layer.experts, mesh).forward  # type: ignore[method-assign]
 
 
 class ExpertExchange:
@@ -62,9 +64,9 @@ class ExpertExchange:
         start = 0
         for bank in banks_of(experts):
             for rank, owned in enumerate(owners):
-                mine = mesh.chunk(bank.num_experts, rank)
+                mine = mesh.chunk(bank.whole_experts, rank)
                 owned += range(start + mine.start, start + mine.stop)
-            start += bank.num_experts
+            start += bank.whole_experts
         self._counts = [len(owned) for owned in owners]  # experts of each rank
         self._order_E = torch.tensor([expert for owned in owners for expert in owned])
         self._is_ordered = bool((self._order_E == torch.arange(start)).all())

@@ -48,7 +48,7 @@ class Layout:
 
 
 def layouts_of(model: MoDE, mesh: Mesh, sizes: dict[str, int]) -> dict[str, Layout]:
-    """Of every parameter and buffer. `sizes`: of every bank before it was cut."""
+    """Of every parameter and buffer. `sizes`: of every whole bank."""
     return {name: _layout(name, tensor, mesh, sizes) for name, tensor in named_tensors(model).items()}
 
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from zenray.model.config import MoDEConfig
+from zenray.model.experts import ExpertBank
 from zenray.model.hf.configuration import ZenModeConfig
 from zenray.model.network import MoDE, initialize_module
 from zenray.model.upcycling.source import DenseSource
 from zenray.model.weights import INDEX_NAME, TensorFolder, TensorPlan, TensorWriter
 from zenray.spec.errors import InvalidValue
+from zenray.training.expert_parallel import expert_banks
 from zenray.training.trainable import named_tensors
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -76,9 +78,11 @@ class Checkpoint:
         """The network, or what `keep` leaves of it, with its weights. CorruptData, NotFound for a missing tensor."""
         model = self._empty_network(keep).to(dtype)
         tensors = TensorFolder(self.folder)
+        kept = {f"{bank}.{name}": rows for bank, part in expert_banks(model) for name, rows in _rows(part).items()}
         with torch.no_grad():
             for name, target in named_tensors(model).items():
-                target.copy_(tensors.read(name))
+                if target.numel():  # a worker may have none of a bank's experts
+                    target.copy_(tensors.read(name, kept.get(name)))
         return model
 
     def fresh_network(self, seed: int, keep: Keep | None = None) -> MoDE:
@@ -98,9 +102,11 @@ class Checkpoint:
             torch.manual_seed(seed)
             for name, part in self.outline().named_modules():
                 mine = kept.get(name)
-                if mine is None or (isinstance(mine, nn.Identity) and not isinstance(part, nn.Identity)):
-                    mine = part.to_empty(device="cpu", recurse=False)
-                initialize_module(mine, self.config.initializer_range)
+                is_gone = mine is None or (isinstance(mine, nn.Identity) and not isinstance(part, nn.Identity))
+                drawn = part.to_empty(device="cpu", recurse=False) if is_gone or _rows(mine) else mine
+                initialize_module(drawn, self.config.initializer_range)
+                for weight, rows in _rows(mine).items():
+                    getattr(mine, weight).data.copy_(getattr(drawn, weight)[rows])
                 part.to_empty(device="meta", recurse=False)
         return model
 
@@ -113,6 +119,14 @@ class Checkpoint:
         if self.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):  # to_empty made two tensors of it
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
+
+
+def _rows(part: nn.Module | None) -> dict[str, slice]:
+    """Of a bank that keeps some experts only: which rows of each of the whole bank's weights it keeps."""
+    if not isinstance(part, ExpertBank) or part.num_experts == part.whole_experts:
+        return {}
+    rows = slice(part.first_expert, part.first_expert + part.num_experts)
+    return dict.fromkeys(("gate_up_proj", "down_proj"), rows)
 
 
 def write_checkpoint(

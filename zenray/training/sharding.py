@@ -23,7 +23,7 @@ from zenray.training.mesh import Mesh
 def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype, sizes: dict[str, int]) -> None:
     """Cut the weights of `objective` in place, `dtype` being that of the arithmetic. Collective.
 
-    `sizes`: experts of every bank before it was cut. Nothing is done where `mesh` is not fully sharded. Gradients are
+    `sizes`: experts of every whole bank. Nothing is done where `mesh` is not fully sharded. Gradients are
     summed in float32, not averaged: the loss is a share of the whole batch's already. From then on the network may be
     run by `objective` alone.
     """

@@ -59,7 +59,7 @@ class Trainable:
 def choose(model: MoDE, parts: Sequence[str], sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> None:
     """Freeze, in place, all parameters that do not learn, and round them to the arithmetic's `dtype`.
 
-    `parts`: "dense", "routers", "experts", "experts/GROUP". `sizes`: of every bank before it was cut. InvalidValue for
+    `parts`: "dense", "routers", "experts", "experts/GROUP". `sizes`: of every whole bank. InvalidValue for
     an unknown group, or when nothing is left.
     """
     learning = _learning_experts(model, parts)
@@ -104,8 +104,8 @@ def trainables(
 
 
 def bank_sizes(model: MoDE) -> dict[str, int]:
-    """Experts of every bank, by its name. Take it before the banks are cut."""
-    return {name: bank.num_experts for name, bank in expert_banks(model)}
+    """Experts of every whole bank, by its name."""
+    return {name: bank.whole_experts for name, bank in expert_banks(model)}
 
 
 def _learning_experts(model: MoDE, parts: Sequence[str]) -> set[int]:

@@ -22,6 +22,7 @@ from zenray.storage.pinning import pinned
 from zenray.training.data.shards import TokenShards
 from zenray.training.data.tokens import prepare
 from zenray.training.events import EventPlace, EventStream
+from zenray.training.expert_parallel import parallelize
 from zenray.training.loop import TrainingSet, train
 from zenray.training.mesh import Mesh
 from zenray.training.metrics import watched
@@ -76,12 +77,18 @@ def assemble(
     """The trainer and the data of a job whose versions are pinned. Downloads, tokenises unless it gets `shards`;
     blocks."""
     base = Checkpoint.open(_fetch(job.base, store, work_dir))
-    keep = partial(keep_stage, mesh=mesh)
+    keep = partial(keep_share, mesh=mesh)
     model = base.network(keep=keep) if job.weights == "base" else base.fresh_network(job.seed, keep)
     teachers, kept = _teachers(job, store, work_dir, model.config.vocab_size, mesh)
     trainer = Trainer(model, job, mesh, teachers, kept)
     tokens = prepare(job.data, base.tokenizer_file, base.end_token, job.seed, work_dir / "tokens", shards)
     return trainer, TrainingSet.open(job, tokens)
+
+
+def keep_share(model: MoDE, mesh: Mesh) -> None:
+    """Take away, in place, what other workers have: other stages' layers, and other ranks' experts."""
+    keep_stage(model, mesh)
+    parallelize(model, mesh)
 
 
 def _teachers(
@@ -107,7 +114,8 @@ def _teachers(
             folder = _fetch(teacher.version, store, work_dir)
             if count is None:
                 teaching = Checkpoint.open(folder)
-                networks.append((teaching.network(dtype) if mesh.is_last_stage else teaching.outline(), weight))
+                share = partial(parallelize, mesh=mesh) if mesh.fully_sharded else None  # else each has all of it
+                networks.append((teaching.network(dtype, share) if mesh.is_last_stage else teaching.outline(), weight))
                 continue
             require_vocabulary(Checkpoint.open(folder).config.vocab_size, vocab_size)
             answers = NetworkAnswers(partial(Checkpoint.open(folder).network, dtype), count, job.temperature)
