@@ -40,13 +40,12 @@ class BatchPart(Batch):
     whole: Batch
     places_S: Tensor  # of this worker's tokens in the sequence
 
-    def mask(self, window: int | None = None) -> Tensor:
-        """(B, 1, S, L): where this worker's tokens may look in the whole sequence."""
-        return self.whole.mask(window, self.places_S)
+    def mask(self, window: int | None = None, of: Tensor | None = None) -> Tensor:
+        """(B, 1, S, L): where this worker's tokens (`of`: those of these places alone) may look in the sequence."""
+        return self.whole.mask(window, self.places_S if of is None else self.places_S[of])
 
     def to(self, device: torch.device) -> BatchPart:
-        own = (self.ids_BS, self.labels_BS, self.positions_BS, self.document_BS)
-        return BatchPart(*(one.to(device) for one in own), self.whole.to(device), self.places_S.to(device))
+        return BatchPart(**{name: held.to(device) for name, held in vars(self).items()})
 
 
 def part_of(batch: Batch, mesh: Mesh) -> Batch:
@@ -54,7 +53,8 @@ def part_of(batch: Batch, mesh: Mesh) -> Batch:
     if mesh.context_size == 1:
         return batch
     places_S = own_places(batch.ids_BS.shape[1], mesh.context_size, mesh.context_rank)
-    return BatchPart(*(one[:, places_S] for one in vars(batch).values()), whole=batch, places_S=places_S)
+    own = {name: tensor[:, places_S] for name, tensor in vars(batch).items()}
+    return BatchPart(**own, whole=batch, places_S=places_S)
 
 
 def own_places(length: int, workers: int, rank: int) -> Tensor:
@@ -105,7 +105,8 @@ def top_logits(teacher: TopTeacher, batch: Batch, mesh: Mesh) -> TopLogits:
         for one in told:
             dist.broadcast(one, group=group, group_src=owner)
         found.append([one[batch.places_S.to(mesh.device)] for one in told])
-    return TopLogits(*(torch.cat(parts) for parts in zip(*found, strict=True)), temperature=teacher.temperature)
+    ids_TN, log_probs_TN = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return TopLogits(ids_TN, log_probs_TN, teacher.temperature)
 
 
 def _attend(
