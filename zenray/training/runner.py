@@ -80,9 +80,10 @@ def run(
         _connect()
         shards = _tokenise(job, base, storage)
         result = _fit(job, name, storage, work_dir, events or EventPlace(name), shards)
-        while (result.metrics or {}).get("was_preempted"):  # all of it is in a checkpoint: on, wherever there is room
+        # What workers returned, not their last report's metrics: Ray keeps only those that come with a checkpoint.
+        while (result.return_value or {}).get("was_preempted"):  # all is in a checkpoint: on, wherever there is room
             result = _fit(job, name, storage, work_dir, events or EventPlace(name), shards)
-    stopped = (result.metrics or {}).get("stopped")
+    stopped = (result.return_value or {}).get("stopped")
     if stopped:
         raise ZenrayError(
             f"Run {name} stopped: {stopped}.",

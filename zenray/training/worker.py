@@ -34,8 +34,8 @@ from zenray.training.trainer import Trainer, require_vocabulary
 from zenray.training.uploads import RayRecorder
 
 
-def train_worker(about: dict[str, Any]) -> None:
-    """The function that Ray Train calls on every worker. `about`: see `zenray.training.runner`."""
+def train_worker(about: dict[str, Any]) -> dict[str, Any]:
+    """The function that Ray Train calls on every worker: how the run ended. `about`: see `zenray.training.runner`."""
     context = ray.train.get_context()
     watch_in_actor()
     set_up_process(context.get_local_world_size())
@@ -62,7 +62,8 @@ def train_worker(about: dict[str, Any]) -> None:
     ):
         outcome = train(trainer, data, recorder, tell, Notice())
     # The last report. Nothing is lost between the last checkpoint and the end: Ray waits for what is under way.
-    ray.train.report({"step": None, "stopped": outcome.stopped, "was_preempted": outcome.was_preempted})
+    ray.train.report({"step": None})
+    return {"stopped": outcome.stopped, "was_preempted": outcome.was_preempted}
 
 
 def set_up_process(workers_here: int) -> None:
