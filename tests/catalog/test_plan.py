@@ -193,7 +193,9 @@ def test_on_cpus_only_the_memory_is_reckoned() -> None:
     assert isinstance(found, DistillJob)
     plan = plan_training(found, CATALOG, EIGHT)
     assert plan.speed is None and plan.gpu is None
-    assert plan.fullest.fullest.weights == plan.fullest.fullest.moments / 2, "float32: four bytes, and eight of moments"
+    assert plan.fullest.fullest.weights * 4 == plan.fullest.fullest.moments * 3, (
+        "bfloat16 and its masters: six bytes, and eight of moments"
+    )
     assert sum_in_words(plan.fullest.fullest).endswith("GB")
 
 
