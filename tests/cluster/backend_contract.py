@@ -21,7 +21,7 @@ class Harness:
     pause: Callable[[float], None]
     end_jobs: Callable[[], None] = lambda: None  # where a job's process does not end by itself: it does now
 
-    def until(self, holds: Callable[[ServeStatus], bool], *, within_s: float = 40) -> ServeStatus:
+    def until(self, holds: Callable[[ServeStatus], bool], *, within_s: float = 180) -> ServeStatus:
         deadline = time.monotonic() + within_s
         while not holds(status := self.cluster.serve_status()):
             assert time.monotonic() < deadline, f"not within {within_s} s; last: {status}"
@@ -29,14 +29,14 @@ class Harness:
         return status
 
     def application(
-        self, name: str, holds: Callable[[ApplicationStatus], bool], *, within_s: float = 40
+        self, name: str, holds: Callable[[ApplicationStatus], bool], *, within_s: float = 180
     ) -> ApplicationStatus:
         def there(status: ServeStatus) -> bool:
             return name in status.applications and holds(status.applications[name])
 
         return self.until(there, within_s=within_s).applications[name]
 
-    def job(self, id: str, *states: ClusterJobState, within_s: float = 60) -> ClusterJob:
+    def job(self, id: str, *states: ClusterJobState, within_s: float = 180) -> ClusterJob:
         deadline = time.monotonic() + within_s
         while (job := self.cluster.jobs()[id]).state not in states:
             assert time.monotonic() < deadline, f"not within {within_s} s; last: {job}"

@@ -25,9 +25,10 @@ REF = VersionRef(model="big", version="v1")
 RANGE_BYTES = 1 << 20
 RANGES = 24  # eight are under way at once
 
-# Fetches until a third has arrived, says so, and then stands still: its progress callback never returns.
+# Fetches until a third has arrived, says so, and then stands still: its progress callback never returns, and no more
+# than eighteen ranges are ever given to it, however late its parent is to kill it.
 _PROGRAM = """
-import sys, threading
+import itertools, sys, threading
 from pathlib import Path
 from zenray.spec.versions import VersionRef
 from zenray.storage import cache
@@ -40,7 +41,15 @@ def stop(phase, done_bytes, total_bytes):
         print("a third", flush=True)
         threading.Event().wait()
 
-store = S3Store(sys.argv[1], endpoint_url=sys.argv[2])
+class Slow(S3Store):
+    asked = itertools.count(1)
+
+    def get_range(self, *range):
+        if next(self.asked) > 18:
+            threading.Event().wait()
+        return super().get_range(*range)
+
+store = Slow(sys.argv[1], endpoint_url=sys.argv[2])
 cache.fetch(store, VersionRef(model="big", version="v1"), Path(sys.argv[3]), progress=stop)
 """
 

@@ -39,7 +39,7 @@ def test_guesses_are_accepted_and_change_no_text(harness: Harness, tmp_path: Pat
         engine = EngineSettings.model_validate(ENGINE | {"draft": draft})
         app = publisher.serving(spec.model_copy(update={"engine": engine}))
         harness.cluster.apply([app])
-        harness.until(lambda s, name=app.name: set(s.applications) == {name}, within_s=60)
+        harness.until(lambda s, name=app.name: set(s.applications) == {name}, within_s=180)
         status = harness.until(lambda s, name=app.name: bool(s.applications[name].replica_urls), within_s=200)
         (url,) = status.applications[app.name].replica_urls.values()
         with httpx.Client(base_url=url, headers=AUTHORIZED, timeout=120) as replica:
