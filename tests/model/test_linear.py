@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from zenray.model.linear import Linear, linear
+from zenray.model.linear import Linear, linear, times_transposed
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (0, 8), (2, 0, 8)])
@@ -40,3 +41,19 @@ def test_what_does_not_learn_gets_no_gradient() -> None:
     x, weight = torch.randn(3, 8), torch.randn(6, 8, requires_grad=True)
     linear(x, weight).sum().backward()
     assert x.grad is None and weight.grad is not None
+
+
+@pytest.mark.parametrize(("device", "is_onednns"), [("cpu", True), ("meta", False)])
+def test_what_is_not_in_the_cpus_memory_is_torchs_to_multiply(device: str, is_onednns: bool) -> None:
+    """As weights on a GPU are: oneDNN knows nothing of those."""
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    a, b = torch.ones(3, 8, device=device), torch.ones(6, 8, device=device)
+    with Seen():
+        assert times_transposed(a, b).shape == (3, 6)
+    assert any("mkldnn" in name for name in seen) == (is_onednns and torch.backends.mkldnn.is_available())

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a @ bᵀ, by oneDNN for float32 on a CPU. Neither needs to be contiguous."""
-    if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.t()
 

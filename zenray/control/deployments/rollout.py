@@ -4,8 +4,8 @@ A changed wish is rolled out by a second application beside the first: it is bro
 traffic when it is ready, and only then does the old one drain and go. A candidate that fails takes no traffic, leaves
 the wish (so that its memory is free again), and the old one goes on serving. With a canary in the wish a ready
 candidate takes a share of the traffic for some time first; if it fails then, by Ray's word or by what gateways saw of
-it, it is a failed candidate too. The share
-is given only beside an old revision that can serve: where that cannot, the canary takes all.
+it, it is a failed candidate too. The share is given only beside an old revision that can serve: where that cannot, the
+canary takes all.
 """
 
 from __future__ import annotations
