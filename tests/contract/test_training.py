@@ -30,7 +30,7 @@ from tests.contract.training_platform import (
 )
 from tests.training.tiny import FolderRecorder
 from zenray.spec.versions import VersionRef
-from zenray.storage.versions import read_manifest
+from zenray.storage.versions import find_manifest, read_manifest
 from zenray.training.loop import train
 from zenray.training.mesh import Mesh
 from zenray.training.trainable import named_tensors
@@ -136,6 +136,17 @@ def test_a_worker_that_is_told_to_go_keeps_its_work_and_the_run_comes_back(
     told = {event["event"]: event["step"] for event in run.events if event["event"] in ("preempted", "resumed")}
     assert told["preempted"] == told["resumed"]
     same_result(run, unbroken)
+
+
+@pytest.mark.nightly
+def test_a_run_that_its_faults_stop_is_not_published(ray_session: RaySession, tmp_path: Path) -> None:
+    """The least rise of the loss above that of the steps before is taken for divergence."""
+    run = Run(tmp_path, in_session(ray_session))
+    faults = {"diverging": "stop", "window_steps": 4, "deviations": 1e-6, "least_rise": 1e-6}
+    driver = run.start(**JOB, faults=faults)
+    output, _ = driver.communicate(timeout=300)
+    assert driver.returncode != 0 and "stopped: at step" in output and "Run the job again" in output, output
+    assert find_manifest(run.store, VersionRef(model="tiny", version="v1")) is None
 
 
 @pytest.mark.nightly
