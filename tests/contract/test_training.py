@@ -81,6 +81,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     first_kill, second_kill = random.randint(5, 12), random.randint(14, 20)
     driver = run.start(**JOB)
     run.await_event(driver, "step", first_kill)
+    run.await_kept(driver)
     random.choice(train_workers(ray_session.record().processes())).kill()
     run.await_event(driver, "resumed")
     run.await_event(driver, "step", second_kill)
@@ -168,6 +169,7 @@ def test_two_stages_make_what_one_process_makes_and_survive_a_kill(ray_session: 
         assert losses == pytest.approx(first[1][domain], rel=1e-5)
     driver = killed.start(**job)
     killed.await_event(driver, "step", random.randint(5, 20))
+    killed.await_kept(driver)
     random.choice(train_workers(ray_session.record().processes())).kill()
     finished(driver)
     assert "resumed" in {event["event"] for event in killed.events}
@@ -210,6 +212,7 @@ def test_a_node_that_is_lost_and_one_that_comes_change_nothing(own_ray: dict[str
         unbroken.finish(**job)
         driver = run.start(**job)
         run.await_event(driver, "step", random.randint(6, 20))
+        run.await_kept(driver)
         assert obey("remove") == "1 nodes"
         assert obey("add") == "2 nodes"
         finished(driver)

@@ -90,6 +90,13 @@ class Run:
         """Until `times` events of this kind, of this step or a later one, were told."""
         await_that(lambda: sum(e["event"] == kind and e["step"] >= step for e in self.events) >= times, driver)
 
+    def await_kept(self, driver: subprocess.Popen[str]) -> None:
+        """Until Ray Train has written down a checkpoint, some time after it was made: a run that is killed before that
+        begins anew."""
+        records = Path(self.store.uri.removeprefix("file:"), "training")
+        name = "*/checkpoint_manager_snapshot.json"
+        await_that(lambda: any("checkpoint_dir_name" in file.read_text() for file in records.glob(name)), driver)
+
     def result(self) -> Path:
         return fetch(self.store, VersionRef(model="tiny", version="v1"), self.folder / "cache")
 
