@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.platform import TestPlatform
+from zenray.spec.platform import StorageSettings
+from zenray.spec.versions import VersionRef
+from zenray.storage.opening import open_store
+from zenray.storage.versions import read_manifest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]  # a second engine: too much beside the first on two cores
-JOB = Path(__file__).parents[2] / "jobs" / "upcycle-smollm2.yaml"
+JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def test_an_upcycled_model_is_published_deployed_and_answers(platform: TestPlatform) -> None:
-    platform.zenray("run", str(JOB), "--follow")
-    spec = platform.home.root / "mode.yaml"
-    spec.write_text(
-        "model: smollm2-mode\n"  # its own format, through our vLLM model
-        "engine: {dtype: float32, max_model_len: 512, max_num_seqs: 4, kv_cache_bytes: 134217728}\n"
-    )
+    platform.zenray("run", str(JOBS / "upcycle-smollm2.yaml"), "--follow")
+    assert "Paris" in answer_of(platform, "maker")
+
+
+@pytest.mark.timeout(3600)
+def test_a_distilled_model_is_balanced_published_deployed_and_answers(platform: TestPlatform) -> None:
+    """The whole recipe on two workers: at its end experts evenly loaded in every layer, the student nearer its teacher."""
+    platform.zenray("run", str(JOBS / "upcycle-smollm2.yaml"), "--follow")
+    shown = platform.zenray("run", str(JOBS / "distill-smollm2-mode.yaml"), "--follow", timeout_s=3000)
+    assert "published smollm2-mode@v2" in shown, shown
+    store = open_store(StorageSettings(uri=f"file:{platform.home.root / 'store'}"))
+    about = read_manifest(store, VersionRef(model="smollm2-mode", version="v2")).metadata
+    evenness, validation = json.loads(about["entropy_ratios"]), json.loads(about["validation"])
+    print(shown[-2000:], evenness, validation)
+    assert min(evenness) > 0.95, evenness
+    for domain, found in validation.items():
+        assert found["after"]["loss"] < found["before"]["loss"], (domain, found)
+    assert answer_of(platform, "distiller", version="v2")
+
+
+def answer_of(platform: TestPlatform, org: str, **deployed: str) -> str:
+    """What the mixture says, once it is deployed in its own format, through our vLLM model."""
+    spec = platform.home.root / f"{org}.yaml"
+    engine = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "kv_cache_bytes": 134217728}
+    spec.write_text(json.dumps({"model": "smollm2-mode", **deployed, "engine": engine}))
     platform.zenray("deploy", str(spec), timeout_s=600)
-    client = platform.customer("maker")
-    answer = client.chat.completions.create(
+    answer = platform.customer(org).chat.completions.create(
         model="smollm2-mode",
         messages=[{"role": "user", "content": "What is the capital of France?"}],
         max_tokens=32,
         temperature=0,
     )
-    assert "Paris" in (answer.choices[0].message.content or "")
     platform.zenray("undeploy", "smollm2-mode")
+    return answer.choices[0].message.content or ""
