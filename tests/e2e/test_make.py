@@ -24,7 +24,7 @@ def test_an_upcycled_model_is_published_deployed_and_answers(platform: TestPlatf
 
 @pytest.mark.timeout(3600)
 def test_a_distilled_model_is_balanced_published_deployed_and_answers(platform: TestPlatform) -> None:
-    """The whole recipe on two workers: at its end experts evenly loaded in every layer, the student nearer its teacher."""
+    """The whole recipe, by two workers: experts evenly loaded in every layer, the student nearer its teacher."""
     platform.zenray("run", str(JOBS / "upcycle-smollm2.yaml"), "--follow")
     shown = platform.zenray("run", str(JOBS / "distill-smollm2-mode.yaml"), "--follow", timeout_s=3000)
     assert "published smollm2-mode@v2" in shown, shown
