@@ -1,4 +1,4 @@
-"""Linear maps through oneDNN: what torch's own give, forward and backward, in every shape and type."""
+"""Linear maps by either library: what torch's own give, forward and backward, in every shape and type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zenray.model import linear as module
 from zenray.model.linear import Linear, linear, times_transposed
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["oneDNN", "MKL"])
+def library(request, monkeypatch) -> str:
+    """Both, whatever processor the tests run on."""
+    by_onednn = request.param and torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: by_onednn)
+    return "mkldnn" if by_onednn else "aten::mm"
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (0, 8), (2, 0, 8)])
@@ -43,17 +52,23 @@ def test_what_does_not_learn_gets_no_gradient() -> None:
     assert x.grad is None and weight.grad is not None
 
 
-@pytest.mark.parametrize(("device", "is_onednns"), [("cpu", True), ("meta", False)])
-def test_what_is_not_in_the_cpus_memory_is_torchs_to_multiply(device: str, is_onednns: bool) -> None:
-    """As weights on a GPU are: oneDNN knows nothing of those."""
+def test_a_product_is_written_where_it_belongs() -> None:
+    a, b, room = torch.randn(3, 8), torch.randn(6, 8), torch.zeros(2, 3, 6)
+    assert times_transposed(a, b, out=room[1]).data_ptr() == room[1].data_ptr()
+    torch.testing.assert_close(room, torch.stack((torch.zeros(3, 6), a @ b.t())))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_what_is_in_the_cpus_memory_is_onednns_to_multiply(device: str, library: str) -> None:
+    """Not weights on a GPU: oneDNN knows nothing of those."""
     seen: list[str] = []
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
+            seen.append(func.name())
             return func(*args, **(kwargs or {}))
 
     a, b = torch.ones(3, 8, device=device), torch.ones(6, 8, device=device)
     with Seen():
         assert times_transposed(a, b).shape == (3, 6)
-    assert any("mkldnn" in name for name in seen) == (is_onednns and torch.backends.mkldnn.is_available())
+    assert any((library if device == "cpu" else "aten::mm") in name for name in seen)

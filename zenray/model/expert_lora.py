@@ -178,7 +178,7 @@ class _LoRALoop(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=d_gate)
             # Through gate and up, fused: as through down.
             d_low = (d_both @ gate_up_B[e]).mul_(scaling)
-            dx_RD[part] = times_transposed(d_both, gate_up_proj[e].t()).addmm_(d_low, gate_up_A[e])
+            times_transposed(d_both, gate_up_proj[e].t(), out=dx_RD[part]).addmm_(d_low, gate_up_A[e])
             torch.mm(d_low.t(), x, out=d_gate_up_A[e])
             torch.mm(d_both.t(), (x @ gate_up_A[e].t()).mul_(scaling), out=d_gate_up_B[e])
         return dx_RD, dweight_R, d_gate_up_A, d_gate_up_B, d_down_A, d_down_B, None, None, None, None

@@ -4,7 +4,8 @@ D hidden, E experts, R rows sorted by expert, I width of an expert.
 
 Where PyTorch has a fused kernel (CUDA) it is used: `torch.nn.functional.grouped_mm`. On a CPU that is a loop over
 experts with several passes over memory; there this module's own loop does all of one expert while its rows are in
-cache, and lets oneDNN multiply float32 (see zenray.model.linear).
+cache. The backward pass writes each product where it belongs; the forward pass does not, since selective recomputation
+keeps products, and cannot keep one that was written into a part of something else.
 """
 
 from __future__ import annotations
@@ -46,54 +47,53 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 class _SwiGLULoop(torch.autograd.Function):
-    """One expert after the other. Keeps the input and gate_up for the backward pass, and computes the rest again."""
+    """One expert after the other. Keeps the input and each expert's gate and up, and computes the rest again."""
 
     @staticmethod
     def forward(
         ctx: Any, x_RD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_R: Tensor, rows: list[int]
     ) -> Tensor:
-        width = down_proj.shape[2]
-        gate_up_RI = x_RD.new_empty(x_RD.shape[0], 2 * width)
         y_RD = x_RD.new_empty(x_RD.shape[0], down_proj.shape[1])
+        kept: list[Tensor] = []
         for expert, part in parts_of(rows):
-            gate_up_RI[part] = times_transposed(x_RD[part], gate_up_proj[expert])
-            gate, up = gate_up_RI[part].chunk(2, dim=-1)
+            kept.append(times_transposed(x_RD[part], gate_up_proj[expert]))
+            gate, up = kept[-1].chunk(2, dim=-1)
             h = F.silu(gate).mul_(up).mul_(weight_R[part, None])
             y_RD[part] = times_transposed(h, down_proj[expert])
-        ctx.save_for_backward(x_RD, gate_up_proj, down_proj, weight_R, gate_up_RI)
+        ctx.save_for_backward(x_RD, gate_up_proj, down_proj, weight_R, *kept)
         ctx.rows = rows
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, gate_up_proj, down_proj, weight_R, gate_up_RI = ctx.saved_tensors
+        x_RD, gate_up_proj, down_proj, weight_R, *kept = ctx.saved_tensors
         needs_x, needs_gate_up, needs_down, needs_weight, _ = ctx.needs_input_grad
         dx_RD = torch.empty_like(x_RD) if needs_x else None
         d_gate_up = _for_gradient(gate_up_proj, ctx.rows) if needs_gate_up else None
         d_down = _for_gradient(down_proj, ctx.rows) if needs_down else None
         dweight_R = torch.empty_like(weight_R) if needs_weight else None
-        for expert, part in parts_of(ctx.rows):
+        for (expert, part), gate_up in zip(parts_of(ctx.rows), kept, strict=True):
             dy, weight = dy_RD[part], weight_R[part, None]
-            gate, up = gate_up_RI[part].chunk(2, dim=-1)
+            gate, up = gate_up.chunk(2, dim=-1)
             silu = F.silu(gate)
             h = silu * up
             dh = times_transposed(dy, down_proj[expert].t())
             if dweight_R is not None:
                 dweight_R[part] = (dh * h).sum(dim=-1)
             if d_down is not None:
-                d_down[expert] = times_transposed(dy.t(), h.mul_(weight).t())
+                times_transposed(dy.t(), h.mul_(weight).t(), out=d_down[expert])
             if dx_RD is None and d_gate_up is None:
                 continue
             dh.mul_(weight)
-            d_both = torch.empty_like(gate_up_RI[part])
+            d_both = torch.empty_like(gate_up)
             d_gate, d_up = d_both.chunk(2, dim=-1)
             torch.mul(dh, silu, out=d_up)
             torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=d_gate)
             if d_gate_up is not None:
-                d_gate_up[expert] = times_transposed(d_both.t(), x_RD[part].t())
+                times_transposed(d_both.t(), x_RD[part].t(), out=d_gate_up[expert])
             if dx_RD is not None:
-                dx_RD[part] = times_transposed(d_both, gate_up_proj[expert].t())
+                times_transposed(d_both, gate_up_proj[expert].t(), out=dx_RD[part])
         return dx_RD, d_gate_up, d_down, dweight_R, None
 
 
