@@ -327,3 +327,17 @@ async def test_a_full_disk_is_a_clear_answer_and_does_no_harm(client: Client, co
     assert ack == {"received": 5000, "new": 5000}
     status = (await client.ask("GET", "/admin/status")).json()
     assert status["ledger"]["ok"]
+
+
+async def test_what_the_database_did_not_take_is_not_in_the_log(
+    client: Client, control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A driver's error quotes the row by itself, and an organisation's holds its cache salt."""
+    monkeypatch.setattr("zenray.control.auth.service.secrets.token_hex", lambda _bytes: "the-salt-of-acme")
+    with control.database.engine.begin() as connection:
+        connection.execute(
+            sqlalchemy.text("CREATE TRIGGER broken BEFORE INSERT ON orgs BEGIN SELECT no_such_function(); END")
+        )
+    error_of(await client.ask("POST", "/admin/orgs", {"name": "acme"}), 503)
+    assert "no_such_function" in caplog.text and "INSERT INTO orgs" in caplog.text
+    assert "the-salt-of-acme" not in caplog.text

@@ -87,7 +87,7 @@ def build_control(
 ) -> Control:
     """Opens and migrates the database, makes the tokens if there are none. What is given replaces what config names."""
     clock = clock or SystemClock()
-    config.state_dir.mkdir(parents=True, exist_ok=True)
+    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     storage = absolute(config.storage, config.state_dir.absolute())
     database = open_database(config.sqlalchemy_url())
     migrate(database)

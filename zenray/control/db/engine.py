@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def open_database(url: str) -> Database:
     return Database(
         create_engine(
             parsed,
+            hide_parameters=True,  # an error is logged, and what could not be written may be a key or a salt
             pool_size=POOL_CONNECTIONS,
             pool_pre_ping=True,
             connect_args={"connect_timeout": 10, "application_name": "zenray-control"},
@@ -97,9 +99,10 @@ def _parse(url: str) -> URL:
 
 
 def _sqlite_engine(url: URL) -> Engine:
-    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    _keep_from_others(Path(str(url.database)))
     engine = create_engine(
         url,
+        hide_parameters=True,
         pool_size=POOL_CONNECTIONS,
         max_overflow=40,
         connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False, "cached_statements": 256},
@@ -121,3 +124,15 @@ def _sqlite_engine(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _keep_from_others(path: Path) -> None:
+    """Makes the file, or takes it away from all but its owner: it holds every engine's key and every cache salt.
+
+    SQLite gives its write-ahead log and that log's index the mode of the file; those that lie here may be older.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+        if file.exists() and file.stat().st_mode & 0o077:
+            file.chmod(0o600)
