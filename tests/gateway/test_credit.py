@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -143,6 +144,25 @@ async def test_a_client_that_hangs_up_while_waiting_keeps_nothing() -> None:
             made.settle("acme", 1000, 0)
         await asyncio.sleep(0.01)
         assert made.book.available("acme") + lender.free == 1000
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_grant_in_the_moment_that_the_wait_ends_is_used_or_given_back(turns: int) -> None:
+    made = credit(Lender(0), wait_s=0.01, shipped=False)
+    made.book.granted("acme", 1000, 1000)
+    assert made.reserve("acme", 1000)
+    waiting = asyncio.create_task(made.reserve_or_ask("acme", 1000))
+    await asyncio.sleep(0)
+    time.sleep(0.02)  # noqa: ASYNC251 - the wait is over as soon as the loop looks at its timers
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    made.settle("acme", 1000, 0)
+    (served,) = await asyncio.gather(waiting, return_exceptions=True)
+    if served is True:
+        made.settle("acme", 1000, 0)
+    else:
+        assert isinstance(served, Unavailable)
+    assert made.book.available("acme") == 1000
 
 
 async def test_a_replaced_boot_is_told_at_once_and_does_not_ask_again() -> None:

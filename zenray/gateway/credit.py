@@ -73,11 +73,13 @@ class Credit:
             async with asyncio.timeout(self._wait_s):
                 return await answer
         except (TimeoutError, Unavailable):
+            if _granted(answer):
+                return True  # in the very moment that the wait ended
             raise Unavailable(
                 "The credit of your organisation cannot be checked at the moment.", hint="Retry.", retry_after_s=2
             ) from None
         except asyncio.CancelledError:
-            if answer.done() and not answer.cancelled() and answer.exception() is None and answer.result():
+            if _granted(answer):
                 self.book.settle(org, nano_usd, 0)  # it was granted in the moment that the client hung up
             raise
         finally:
@@ -171,3 +173,7 @@ class Credit:
                 await asyncio.sleep(0.1 * attempt)
         self.book.granted(org, lease.granted_nano_usd, lease.balance_nano_usd)
         return lease.granted_nano_usd
+
+
+def _granted(answer: asyncio.Future[bool]) -> bool:
+    return answer.done() and not answer.cancelled() and answer.exception() is None and answer.result()
