@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +130,43 @@ def test_the_journal_stays_small(journal: Path, clock: FakeClock) -> None:
     after = new(journal, clock)
     assert after.load() and after.keys["c"].entry.key_id == "c2499" and state(after) == state(known)
     assert os.listdir(journal.parent) == ["snapshot.jsonl"]
+
+
+@contextmanager
+def full_disk(journal: Path, *, room_bytes: int = 20) -> Iterator[None]:
+    """A journal can grow by so much, and then a write is cut short."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + room_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_stops_nothing_and_spoils_nothing(
+    journal: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = filled(journal, clock)
+    saved_at = journal.stat().st_mtime
+    clock.advance(10)
+    with full_disk(journal):
+        known.apply(raw(6, keys={"d": key("d")}))
+        known.apply(raw(7, full=True, keys={f"k{n}": key("k" * 50) for n in range(100)}))
+        known.apply(raw(8, keys={"b": None, "d": key("d")}))
+        known.confirm()
+    assert known.version == 8 and "d" in known.keys
+    assert [record.message for record in caplog.records] == ["snapshot_not_saved"]
+    behind = new(journal, clock)
+    assert behind.load() and behind.version == 5, "what was whole before"
+    assert journal.stat().st_mtime == saved_at, "what it lacks makes it no younger"
+    known.confirm()  # there is room again
+    after = new(journal, clock)
+    assert after.load() and state(after) == state(known) and journal.stat().st_mtime == clock.now()
+
+
+def test_a_gateway_starts_from_a_snapshot_that_it_cannot_write_anew(journal: Path, clock: FakeClock) -> None:
+    before = filled(journal, clock)
+    after = new(journal, clock)
+    with full_disk(journal, room_bytes=-journal.stat().st_size + 1):
+        assert after.load()
+    assert state(after) == state(before)

@@ -7,9 +7,11 @@ last whole line. The file's time of change says when control last confirmed that
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import translate
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from zenray.spec.clock import Clock
 from zenray.spec.edge import KeyEntry, OrgEntry, RouteEntry, Snapshot
 from zenray.spec.errors import Unavailable
 from zenray.spec.money import NANO_USD_PER_USD, TOKENS_PER_PRICED_UNIT, Price
+
+log = logging.getLogger(__name__)
 
 _UNIT = 10**6  # prices per token are kept in whole 10⁻⁶ nano-dollars, rounded up
 
@@ -84,6 +88,9 @@ class Directory:
         self._max_age_s = max_age_s
         self._confirmed_at: float | None = None
         self._updates = 0
+        self._saved_at = 0.0  # what the journal's time of change says
+        self._to_rewrite = False  # it must not be continued
+        self._failing = False
 
     def load(self) -> bool:
         """Start from the journal, if there is one. False when there is none."""
@@ -100,32 +107,29 @@ class Directory:
             self._take(update)
             self._updates += 1
         self._confirmed_at = confirmed_at if self.version else None
-        # Whatever was torn must not be continued: write the journal anew from what was whole.
-        if self.version:
-            self._rewrite()
-            os.utime(self._journal, (confirmed_at, confirmed_at))
+        self._saved_at = confirmed_at
+        # Whatever was torn must not be continued: the journal is written anew from what was whole.
+        self._to_rewrite = True
+        self._save()
         return self.version > 0
 
     def apply(self, raw: bytes) -> Snapshot:
         """Take over one answer of control, in memory and on disk. Raises ValidationError when it is malformed."""
         update = Snapshot.model_validate_json(raw)
-        changed = update.full or update.version != self.version
-        if changed:
+        line = b""
+        if update.full or update.version != self.version:
             self._take(update)
             self._updates += 1
-            if update.full or self._updates > 1000:
-                self._rewrite()
-            else:
-                with self._journal.open("ab") as file:
-                    file.write(raw.replace(b"\n", b" ") + b"\n")
-        self.confirm()
+            self._to_rewrite |= update.full or self._updates > 1000
+            line = raw.replace(b"\n", b" ") + b"\n"
+        self._confirmed_at = self._clock.now()
+        self._save(line)
         return update
 
     def confirm(self) -> None:
         """Control answered, and there is nothing newer."""
         self._confirmed_at = self._clock.now()
-        if self.version:
-            os.utime(self._journal, (self._confirmed_at, self._confirmed_at))
+        self._save()
 
     def why_unusable(self) -> str | None:
         """Why requests must be refused: no snapshot, or one that is too old. None: all is well."""
@@ -167,6 +171,35 @@ class Directory:
             else:
                 self.routes[model] = Route(route)
         self.version = update.version
+
+    def _save(self, line: bytes = b"") -> None:
+        """Bring the journal up to date and confirm it. Requests are answered from memory, so a failing disk stops none.
+
+        A journal that lacks something is never confirmed: its age tells a restart how far it can be trusted. It is
+        written anew when control speaks next.
+        """
+        if self._confirmed_at is None or not self.version:
+            return
+        try:
+            if self._to_rewrite:
+                self._rewrite()
+            elif line:
+                with self._journal.open("ab") as file:
+                    file.write(line)
+            os.utime(self._journal, (self._confirmed_at, self._confirmed_at))
+        except OSError as error:
+            self._to_rewrite = True
+            if not self._failing:
+                log.error("snapshot_not_saved", extra={"reason": str(error)})
+            self._failing = True
+            with suppress(OSError):  # a line that was cut short has changed it
+                os.utime(self._journal, (self._saved_at, self._saved_at))
+            return
+        self._saved_at = self._confirmed_at
+        self._to_rewrite = False
+        if self._failing:
+            log.info("snapshot_saved", extra={"version": self.version})
+        self._failing = False
 
     def _rewrite(self) -> None:
         whole = Snapshot(
