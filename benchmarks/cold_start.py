@@ -1,46 +1,30 @@
 """From zero replicas to the first token, against the start of vLLM's own server on the same model and machine.
 
-    ZENRAY_HOME=.zenray/demo python -m benchmarks.cold_start [--quick]
+    python -m benchmarks.cold_start [--quick]
 
-`make demo` or `zenray up` has left SmolLM2-135M-Instruct in the store of ZENRAY_HOME. On a Ray head of its own the
-model is deployed with no replica at rest; when it has fallen asleep, one question through Serve's proxy wakes it, as
-the gateway does, and the clock runs until the answer of one token is there. vLLM's own server gets the same weights,
-settings and threads: from its exec until it has answered the same question. In turn, several rounds.
+On a platform of its own (`zenray up`) SmolLM2-135M-Instruct is deployed with no replica at rest; when it has fallen
+asleep, one question to the gateway wakes it, and the clock runs until the answer of one token is there. vLLM's own
+server gets the same weights, settings and threads: from its exec until it has answered the same question. In turn,
+several rounds; the weights lie on the node's disk for both.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import secrets
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import httpx
 
-from benchmarks.end_to_end import flags, free_port
+from benchmarks.end_to_end import MODEL, Target, benchmark_home, local_deployment, own_server, platform_up, tell
 from benchmarks.report import print_report
+from benchmarks.vllm_server import Server
+from zenray.cli.client import ControlClient
 from zenray.cli.home import Home
-from zenray.cluster.head import LocalRay
-from zenray.cluster.local import LocalCluster
-from zenray.serving.engine.base import EngineLaunch
-from zenray.serving.engine.vllm import engine_arguments, environment
-from zenray.spec.deployments import Autoscaling, DeploymentSpec, EngineSettings
-from zenray.spec.errors import NotFound
-from zenray.spec.platform import RaySettings, StorageSettings
-from zenray.spec.serving import ReplicaLaunch, ServeApplication
-from zenray.storage.cache import fetch
-from zenray.storage.opening import open_store
-from zenray.storage.versions import newest
 
-MODEL = "smollm2-135m"
-ENGINE = EngineSettings(dtype="bfloat16", max_model_len=2048, max_num_seqs=16, kv_cache_bytes=1 << 28)
+SLEEPY = {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 1}
 QUESTION = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 TIMEOUT_S = 240.0
 
@@ -49,118 +33,62 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cold_start", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--quick", action="store_true", help="one round instead of five")
-    for ending in (signal.SIGTERM, signal.SIGINT):  # Ray is stopped however this ends
-        signal.signal(ending, lambda *_: sys.exit(1))
-    rounds = 1 if parser.parse_args().quick else 5
-    storage = StorageSettings(uri=f"file:{Home.from_environment().root.resolve() / 'store'}")
-    try:
-        version = newest(open_store(storage), MODEL).ref.version
-    except NotFound as error:
-        sys.exit(f"{error} Run `make demo` first, and set ZENRAY_HOME to its folder.")
-    spec = DeploymentSpec(
-        model=MODEL,
-        version=version,
-        engine=ENGINE,
-        autoscaling=Autoscaling(min_replicas=0, upscale_delay_s=0, downscale_delay_s=1),
-        graceful_shutdown_timeout_s=5,
-    )
-    home = Path(tempfile.mkdtemp(prefix="zr-", dir="/tmp"))  # a short name: Ray's socket paths are limited
-    ray = LocalRay(home, RaySettings(gcs_port=0, dashboard_port=0, serve_port=0, first_replica_port=34000))
-    try:
-        addresses = ray.start()
-        cluster = LocalCluster(addresses.dashboard_url, token=addresses.token, serve_port=addresses.serve_port)
-        platform_s, vllm_s = take_turns(cluster, spec, storage, home, rounds)
-        cluster.close()
-    finally:
-        ray.stop()
-        shutil.rmtree(home, ignore_errors=True)
+    parser.add_argument("--quick", action="store_true", help="two rounds instead of five")
+    rounds = 2 if parser.parse_args().quick else 5
+    home = benchmark_home()
+    deployment = local_deployment() | {"autoscaling": SLEEPY, "graceful_shutdown_timeout_s": 5}
+    platform_s: list[float] = []
+    vllm_s: list[float] = []
+    with platform_up(home, deployment) as target:
+        control = ControlClient.connect(home)
+        for number in range(rounds):
+            await_sleep(control)
+            turns = [(platform_s, lambda: wake(target)), (vllm_s, lambda: start(home))]
+            for seconds, turn in turns if number % 2 else turns[::-1]:
+                seconds.append(turn())
+            tell(f"round {number + 1}: {platform_s[-1]:.1f} s from zero, vLLM's own {vllm_s[-1]:.1f} s")
     report(platform_s, vllm_s)
 
 
-def take_turns(
-    cluster: LocalCluster, spec: DeploymentSpec, storage: StorageSettings, home: Path, rounds: int
-) -> tuple[list[float], list[float]]:
-    key = secrets.token_urlsafe(24)
-    folder = fetch(open_store(storage), spec.ref(), home / "cache")  # on the node already, for both
-    launch = ReplicaLaunch(deployment=spec, storage=storage, cache_dir=str(home / "cache"))
-    app = ServeApplication(
-        name=spec.revision(),
-        route_prefix=f"/{spec.revision()}",
-        args=launch.model_dump(mode="json"),
-        runtime_env={"env_vars": {"VLLM_API_KEY": key}},
-    )
-    cluster.apply([app])
-    await_replicas(cluster, app, wanted=1)  # the start that proves it; then it falls asleep
-    platform_s: list[float] = []
-    vllm_s: list[float] = []
-    for number in range(rounds):
-        await_replicas(cluster, app, wanted=0)
-        if number % 2:
-            platform_s.append(wake(cluster, app, key))
-            await_replicas(cluster, app, wanted=0)
-            vllm_s.append(start_vllm(spec, folder, home, key))
-        else:
-            vllm_s.append(start_vllm(spec, folder, home, key))
-            platform_s.append(wake(cluster, app, key))
-        print(f"round {number + 1}: {platform_s[-1]:.1f} s from zero, vLLM's own {vllm_s[-1]:.1f} s", flush=True)
-    return platform_s, vllm_s
-
-
-def await_replicas(cluster: LocalCluster, app: ServeApplication, *, wanted: int) -> None:
+def await_sleep(control: ControlClient) -> None:
+    """Until no replica is left, and the machine is quiet again."""
     deadline_s = time.monotonic() + TIMEOUT_S
-    while True:
-        status = cluster.serve_status()
-        found = status.applications.get(app.name)
-        count = len(found.replica_urls) + found.starting_replicas if found else 0
-        ready = len(found.replica_urls) == wanted and count == wanted if found else False
-        if ready and status.proxy_url:
-            return
-        if time.monotonic() > deadline_s:
-            sys.exit(f"Not {wanted} replicas within {TIMEOUT_S:.0f} s: {found}")
-        time.sleep(0.2)
+    while time.monotonic() < deadline_s:
+        row = next(row for row in control.get("/admin/deployments")["data"] if row["model"] == MODEL)
+        if row["state"] == "asleep":
+            return time.sleep(2)
+        time.sleep(0.5)
+    sys.exit(f"{MODEL} did not fall asleep within {TIMEOUT_S:.0f} s: {row}")
 
 
-def wake(cluster: LocalCluster, app: ServeApplication, key: str) -> float:
-    """Seconds from the question to its answer, of a model that sleeps."""
-    proxy_url = cluster.serve_status().proxy_url
+def wake(target: Target) -> float:
+    """Seconds from the question to the gateway to its answer, of a model that sleeps."""
     began_s = time.perf_counter()
-    ask(f"{proxy_url}{app.route_prefix}", key)
+    ask(target.base_url, target.api_key)
     return time.perf_counter() - began_s
 
 
-def start_vllm(spec: DeploymentSpec, folder: Path, home: Path, key: str) -> float:
+def start(home: Home) -> float:
     """Seconds from the exec of vLLM's own server to its first answer."""
-    launch = EngineLaunch(MODEL, spec.engine, spec.cpus_per_replica, spec.gpus_per_replica)
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags(engine_arguments(launch, folder))]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-    variables = os.environ | environment(launch.cpus, launch.gpus) | {"VLLM_API_KEY": key}
-    began_s = time.perf_counter()
-    with (home / "vllm.log").open("wb") as log:
-        process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
+    with own_server(home) as server:
         while True:
             try:
-                ask(f"http://127.0.0.1:{port}", key)
-                return time.perf_counter() - began_s
+                ask(f"{server.url}/v1", server.key)
+                return time.perf_counter() - server.began_s
             except httpx.TransportError:
-                if process.poll() is not None or time.perf_counter() - began_s > TIMEOUT_S:
-                    lines = (home / "vllm.log").read_text(errors="replace").splitlines()[-25:]
-                    sys.exit("vLLM's own server did not start:\n" + "\n".join(lines))
+                give_up_if_dead(server)
                 time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+
+
+def give_up_if_dead(server: Server) -> None:
+    if server.process.poll() is not None or time.perf_counter() - server.began_s > TIMEOUT_S:
+        lines = server.log.read_text(errors="replace").splitlines()[-25:]
+        sys.exit("vLLM's own server did not start:\n" + "\n".join(lines))
 
 
 def ask(url: str, key: str) -> None:
     answer = httpx.post(
-        f"{url}/v1/chat/completions",
+        f"{url}/chat/completions",
         json=QUESTION,
         headers={"authorization": f"Bearer {key}"},
         timeout=httpx.Timeout(TIMEOUT_S, connect=3),
@@ -179,7 +107,7 @@ def report(platform_s: list[float], vllm_s: list[float]) -> None:
         ["started", "seconds", "fastest"],
         [
             ["vLLM's own server", statistics.median(vllm_s), min(vllm_s)],
-            ["a sleeping deployment, asked through Serve's proxy", statistics.median(platform_s), min(platform_s)],
+            ["a sleeping deployment, asked through the gateway", statistics.median(platform_s), min(platform_s)],
         ],
         {"ratio": round(statistics.median(ratios), 4), "ratio_rounds": [round(value, 4) for value in ratios]},
         notes=[f"{len(ratios)} rounds, in turn; the weights lie on the node's disk for both."],

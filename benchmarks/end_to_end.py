@@ -11,26 +11,24 @@ and the tokens per second of 16 clients that stream 64 tokens each. Only ratios 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from benchmarks.load import Load, drive
 from benchmarks.report import Cell, print_report
+from benchmarks.stand_in import wait_for
+from benchmarks.vllm_server import Server, vllm_server
 from zenray.cli.client import ControlClient
 from zenray.cli.home import Home
 from zenray.serving.engine.base import EngineLaunch
@@ -84,10 +82,10 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer requests; within eight minutes")
     sizes = QUICK if parser.parse_args().quick else FULL
-    os.environ.setdefault("ZENRAY_HOME", ".zenray/benchmark")
-    home = Home.from_environment()
-    home.root.mkdir(parents=True, exist_ok=True)
-    with platform_up(home) as zenray, vllm_up(home) as vllm:
+    home = benchmark_home()
+    with platform_up(home, local_deployment()) as zenray, own_server(home) as server:
+        wait_for(f"{server.url}/health", server.process, server.log, timeout_s=START_TIMEOUT_S)
+        vllm = Target("vLLM's own server", f"{server.url}/v1", server.key)
         for number in range(sizes.rounds + 1):
             seed = secrets.randbits(32)  # the same questions for both, and never before
             for target in (vllm, zenray) if number % 2 else (zenray, vllm):
@@ -96,14 +94,29 @@ def main() -> None:
     report(vllm, zenray, sizes)
 
 
+def benchmark_home() -> Home:
+    """`$ZENRAY_HOME`, else a home that benchmarks share."""
+    os.environ.setdefault("ZENRAY_HOME", ".zenray/benchmark")
+    home = Home.from_environment()
+    home.root.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+def local_deployment() -> dict[str, Any]:
+    """The deployment of SmolLM2 that the local cluster file has."""
+    listed = yaml.safe_load(CLUSTER_FILE.read_text(encoding="utf-8"))["deployments"]
+    return next(one for one in listed if one["model"] == MODEL)
+
+
 @contextmanager
-def platform_up(home: Home) -> Iterator[Target]:
+def platform_up(home: Home, deployment: dict[str, Any]) -> Iterator[Target]:
     """`zenray up` from the cluster file, on free ports, with a customer; `zenray down` at the end."""
     file = home.root / "platform.yaml"
     document = yaml.safe_load(CLUSTER_FILE.read_text(encoding="utf-8"))
     document["ray"] |= {"gcs_port": 0, "dashboard_port": 0, "serve_port": 0}
     document["control"] |= {"port": 0}
     document["gateway"] |= {"port": 0}
+    document["deployments"] = [deployment]
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
     tell("starting the platform")
     zenray = [sys.executable, "-m", "zenray.cli.main"]
@@ -120,52 +133,13 @@ def platform_up(home: Home) -> Iterator[Target]:
 
 
 @contextmanager
-def vllm_up(home: Home) -> Iterator[Target]:
-    """vLLM's own server, with the weights, settings and threads that the platform's replica has."""
-    document = yaml.safe_load(CLUSTER_FILE.read_text(encoding="utf-8"))
-    spec = next(d for d in map(DeploymentSpec.model_validate, document["deployments"]) if d.model == MODEL)
-    folder = served_weights(home)
+def own_server(home: Home) -> Iterator[Server]:
+    """vLLM's own server, with the weights, settings and threads that the platform's replica has; still loading."""
+    spec = DeploymentSpec.model_validate(local_deployment())
     launch = EngineLaunch(MODEL, spec.engine, spec.cpus_per_replica, spec.gpus_per_replica)
-    port, key = free_port(), secrets.token_urlsafe(24)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags(engine_arguments(launch, folder))]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-    log_file = home.logs / "benchmark-vllm.log"
-    tell("starting vLLM's own server")
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **environment(launch.cpus, launch.gpus), "VLLM_API_KEY": key},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
-        yield Target("vLLM's own server", f"http://127.0.0.1:{port}/v1", key)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def flags(arguments: dict[str, object]) -> list[str]:
-    """vLLM's engine arguments as its command line spells them."""
-    spelled: list[str] = []
-    for name, value in arguments.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            if name != "disable_log_stats" or value:
-                spelled.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            spelled += [f"--{flag}", *map(str, value)]
-        elif isinstance(value, dict):
-            spelled += [f"--{flag}", json.dumps(value)]
-        elif value is not None:
-            spelled += [f"--{flag}", str(value)]
-    return spelled
+    arguments = engine_arguments(launch, served_weights(home))
+    with vllm_server(arguments, environment(launch.cpus, launch.gpus), home.logs / "benchmark-vllm.log") as server:
+        yield server
 
 
 def served_weights(home: Home) -> Path:
@@ -174,26 +148,6 @@ def served_weights(home: Home) -> Path:
     if not folders:
         sys.exit(f"No weights of {MODEL} in {home.cache / 'weights'}, although it is deployed.")
     return folders[-1]
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    lines = log_file.read_text(errors="replace").splitlines()[-25:]
-    sys.exit("vLLM's own server did not start:\n" + "\n".join(lines))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def tell(text: str) -> None:

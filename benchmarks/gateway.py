@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import programs
 from benchmarks.report import Cell, print_report
 from benchmarks.stand_in import (
     KEY,
@@ -83,9 +84,21 @@ class Contestant:
 
 def wrk(url: str, clients: int, seconds: int, script: Path) -> Measured:
     """One run, longer when nothing was answered in time. RuntimeError when any answer was not 200."""
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "30s", "--latency", "-s", str(script), url]
+    program, environment = programs.wrk()
+    command = [
+        str(program),
+        "-t1",
+        f"-c{clients}",
+        f"-d{seconds}s",
+        "--timeout",
+        "30s",
+        "--latency",
+        "-s",
+        str(script),
+        url,
+    ]
     command[-1] += "/v1/chat/completions"
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     if "Non-2xx" in text or "Socket errors" in text:
         raise RuntimeError(f"{url} with {clients} clients:\n{text}")
     rate, p50, count = (
@@ -154,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, without LiteLLM")
     quick = parser.parse_args().quick
-    rounds, seconds = (3, 2) if quick else (4, 3)
+    rounds, seconds = (2, 2) if quick else (4, 3)
     why_not = "left out by --quick" if quick else install_litellm()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)

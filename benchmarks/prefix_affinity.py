@@ -20,12 +20,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,7 +32,8 @@ from pathlib import Path
 import aiohttp
 
 from benchmarks.report import print_report
-from benchmarks.stand_in import KEY, MODEL, Standing, billed, free_port, gateway_up, wait_for
+from benchmarks.stand_in import KEY, MODEL, Standing, billed, gateway_up, wait_for
+from benchmarks.vllm_server import vllm_server
 from zenray.serving.engine.vllm import environment
 
 REPLICAS = 2
@@ -118,31 +115,27 @@ def make_model(folder: Path) -> None:
 def replicas_up(folder: Path) -> Iterator[list[str]]:
     """vLLM's own servers, started at the same time."""
     blocks = round(CACHED_PROMPTS * PROMPT_TOKENS / BLOCK_TOKENS)
-    flags = ["--model", str(folder / "model"), "--served-model-name", "up", "--dtype", "float32", "--enforce-eager"]
-    flags += ["--max-model-len", "4096", "--max-num-seqs", "16", "--block-size", str(BLOCK_TOKENS)]
-    flags += ["--num-gpu-blocks-override", str(blocks), "--enable-prefix-caching", "--enable-prompt-tokens-details"]
-    flags += ["--host", "127.0.0.1", "--disable-uvicorn-access-log"]
-    started: list[tuple[str, subprocess.Popen[bytes], Path]] = []
-    variables = os.environ | environment(1, 0) | {"VLLM_API_KEY": ENGINE_KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    try:
-        for number in range(REPLICAS):
-            port, log_file = free_port(), folder / f"vllm-{number}.log"
-            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, "--port", str(port)]
-            with log_file.open("wb") as log:
-                process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
-            started.append((f"http://127.0.0.1:{port}", process, log_file))
-        for url, process, log_file in started:
-            wait_for(url + "/health", process, log_file, timeout_s=420)
-        yield [url for url, _, _ in started]
-    finally:
-        for _, process, _ in started:
-            process.send_signal(signal.SIGTERM)
-        for _, process, _ in started:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    arguments = {
+        "model": str(folder / "model"),
+        "served_model_name": "up",
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "max_num_seqs": 16,
+        "block_size": BLOCK_TOKENS,
+        "num_gpu_blocks_override": blocks,
+        "enable_prefix_caching": True,
+        "enable_prompt_tokens_details": True,
+    }
+    variables = environment(1, 0) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(vllm_server(arguments, variables, folder / f"vllm-{number}.log", key=ENGINE_KEY))
+            for number in range(REPLICAS)
+        ]
+        for server in servers:
+            wait_for(f"{server.url}/health", server.process, server.log, timeout_s=420)
+        yield [server.url for server in servers]
 
 
 async def ask(urls: list[str], key: str, model: str, requests: int, seed: int) -> Seen:

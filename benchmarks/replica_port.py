@@ -10,7 +10,6 @@ by turns, and ratios are taken within a round. CPU time is the server process's 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import secrets
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.load import Load, Outcome, run
+from benchmarks.load import Load, Outcome, drive
 from benchmarks.report import Cell, print_report
 from zenray.cluster.head import LocalRay
 from zenray.cluster.local import LocalCluster
@@ -103,10 +102,7 @@ class Target:
 
     def _drive(self, clients: int, requests: int, max_tokens: int, *, stream: bool, prefix: str = "") -> Outcome:
         load = Load(f"{self.url}/v1", self.key, MODEL, clients, requests, max_tokens, stream, seed=0, prefix=prefix)
-        outcome = asyncio.run(run(load))
-        if outcome.failures:
-            raise RuntimeError(f"{len(outcome.failures)} requests to {self.name} failed: {outcome.failures[0]}")
-        return outcome
+        return drive(load)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import asyncio
 import hashlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from benchmarks import programs
 from zenray.serving.engine.wire import DONE, Wire
 from zenray.spec.edge import (
     Endpoint,
@@ -48,7 +48,6 @@ from zenray.spec.money import Price
 TOKEN = "edge-token-of-the-benchmark"
 KEY = "sk-zen-benchmark-0"
 MODEL = "zen-benchmark"
-ECHO_MODULE = Path("/usr/lib/nginx/modules/ngx_http_echo_module.so")
 CREDIT_NANO_USD = 10**15
 LONG_POLL_S = 10
 PROCESSES = 2
@@ -252,7 +251,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, *, timeout_s
 
 @contextmanager
 def upstream_up(folder: Path, delay_s: float = 0.02) -> Iterator[str]:
-    """nginx that answers every POST after a fixed delay, in vLLM's shape. Exits when a program is missing."""
+    """nginx that answers every POST after a fixed delay, in vLLM's shape."""
     with _nginx_up(folder, "application/json", f"echo_sleep {delay_s}; echo -n '{ANSWER}';") as url:
         yield url
 
@@ -279,17 +278,11 @@ def _quoted(chunk: bytes) -> str:
 
 @contextmanager
 def _nginx_up(folder: Path, kind: str, commands: str) -> Iterator[str]:
-    for program, package in (("nginx", "nginx"), ("wrk", "wrk")):
-        if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
-            sys.exit(f"{program} is missing. On Debian: apt-get install {package}")
-    if not ECHO_MODULE.exists():
-        sys.exit(f"{ECHO_MODULE} is missing. On Debian: apt-get install libnginx-mod-http-echo")
     port = free_port()
-    settings = {"folder": folder, "module": ECHO_MODULE, "port": port, "kind": kind, "commands": commands}
+    settings = {"folder": folder, "module": programs.echo_module(), "port": port, "kind": kind, "commands": commands}
     (folder / "nginx.conf").write_text(NGINX.format(**settings))
-    nginx = shutil.which("nginx", path="/usr/sbin:" + os.environ["PATH"]) or "nginx"
     url = f"http://127.0.0.1:{port}"
-    command = [nginx, "-c", str(folder / "nginx.conf"), "-e", str(folder / "nginx.log")]
+    command = [str(programs.nginx()), "-c", str(folder / "nginx.conf"), "-e", str(folder / "nginx.log")]
     with running(command, url, log=folder / "nginx.log"):
         yield url
 

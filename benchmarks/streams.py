@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from benchmarks.programs import compiled
 from benchmarks.report import Cell, print_report
 from benchmarks.stand_in import KEY, MODEL, Standing, billed, gateway_up, streaming_upstream_up
 
@@ -65,25 +64,16 @@ class Seen:
     cpu_us: float
 
 
-class Driver:
-    """The compiled reader of streams. Made from source, so a C compiler is needed."""
-
-    def __init__(self, folder: Path) -> None:
-        compiler = shutil.which("cc") or sys.exit("A C compiler is missing. On Debian: apt-get install gcc libc6-dev")
-        self._program = str(folder / "stream_reader")
-        source = Path(__file__).with_name("stream_reader.c")
-        subprocess.run([compiler, "-O2", "-o", self._program, str(source)], check=True)
-
-    def read(self, ask: Ask, streams: int, gateway: psutil.Process | None = None) -> Seen:
-        """`streams` at once, started over a second. RuntimeError when one is not as it should be."""
-        numbers = [str(number) for number in (streams, SPREAD_MS, CHUNKS, GAP_MS, urlsplit(ask.url).port)]
-        before_s = _cpu_s(gateway)
-        command = [self._program, str(ask.body), ask.key, *numbers]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{ask.url}, {streams} streams: {done.stderr}")
-        cpu_us = (_cpu_s(gateway) - before_s) / (streams * CHUNKS) * 1e6
-        return Seen(**json.loads(done.stdout), cpu_us=cpu_us)
+def read(ask: Ask, streams: int, gateway: psutil.Process | None = None) -> Seen:
+    """`streams` at once, started over a second. RuntimeError when one is not as it should be."""
+    numbers = [str(number) for number in (streams, SPREAD_MS, CHUNKS, GAP_MS, urlsplit(ask.url).port)]
+    before_s = _cpu_s(gateway)
+    command = [str(compiled("stream_reader.c")), str(ask.body), ask.key, *numbers]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{ask.url}, {streams} streams: {done.stderr}")
+    cpu_us = (_cpu_s(gateway) - before_s) / (streams * CHUNKS) * 1e6
+    return Seen(**json.loads(done.stdout), cpu_us=cpu_us)
 
 
 def _cpu_s(gateway: psutil.Process | None) -> float:
@@ -99,7 +89,6 @@ def main() -> None:
     rounds, held = (6, HELD[:4]) if parser.parse_args().quick else (16, HELD)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        driver = Driver(folder)
         upstream = stack.enter_context(streaming_upstream_up(folder, CHUNKS, GAP_MS / 1e3))
         url, control, pid = stack.enter_context(gateway_up(folder / "gateway", Standing([upstream])))
         gateway = psutil.Process(pid)
@@ -109,10 +98,10 @@ def main() -> None:
         first: dict[str, list[Seen]] = {name: [] for name in asks}
         for number in range(rounds + 1):
             for name in list(asks) if number % 2 else list(asks)[::-1]:
-                seen = driver.read(asks[name][0], STREAMS, asks[name][1])
+                seen = read(asks[name][0], STREAMS, asks[name][1])
                 if number:  # the first round warms up
                     first[name].append(seen)
-        stalls = {name: _hold(driver, *asks[name], held, tries=2) for name in asks}
+        stalls = {name: _hold(*asks[name], held, tries=2) for name in asks}
         asked = (rounds + 1) * STREAMS + sum(count for count, _, _ in stalls["gateway"])
         found = billed(control, asked)
         if (found["events"], found["output_tokens"]) != (asked, asked * CHUNKS):
@@ -121,13 +110,13 @@ def main() -> None:
 
 
 def _hold(
-    driver: Driver, ask: Ask, gateway: psutil.Process | None, counts: tuple[int, ...], tries: int
+    ask: Ask, gateway: psutil.Process | None, counts: tuple[int, ...], tries: int
 ) -> list[tuple[int, float, float]]:
     """(streams, worst stall in ms, cpu_us) of each run, up to the first count that stalls in every try."""
     runs: list[tuple[int, float, float]] = []
     for count in counts:
         for _ in range(tries):
-            seen = driver.read(ask, count, gateway)
+            seen = read(ask, count, gateway)
             runs.append((count, max(seen.stall_ms), seen.cpu_us))
             if runs[-1][1] < STALL_MS:
                 break
