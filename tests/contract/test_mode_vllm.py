@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,15 +109,18 @@ def make_checkpoint(config: MoDEConfig, folder: Path) -> ZenModeForCausalLM:
     return model
 
 
-def ask_vllm(
-    folders: list[Path], prompts: list[list[int]], tmp_path: Path, **engine: Any
-) -> list[list[dict[str, Any]]]:
+def ask_vllm(folders: list[Path], prompts: list[list[int]], tmp_path: Path, **engine: Any) -> dict[str, list[Any]]:
+    """What `tests.contract.vllm_answers` prints of each folder: "answers" and "routers"."""
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     command = [sys.executable, "-m", "tests.contract.vllm_answers", str(tmp_path / "prompts.json"), json.dumps(engine)]
     ran = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    lines = [line.removeprefix("answers: ") for line in ran.stdout.splitlines() if line.startswith("answers: ")]
-    return [json.loads(line) for line in lines]
+    told: dict[str, list[Any]] = {"answers": [], "routers": []}
+    for line in ran.stdout.splitlines():
+        what, _, found = line.partition(": ")
+        if what in told:
+            told[what].append(json.loads(found))
+    return told
 
 
 @torch.no_grad()
@@ -131,7 +135,10 @@ def check_answer(model: ZenModeForCausalLM, prompt: list[int], answer: dict[str,
 
 
 def test_vllm_answers_as_our_own_network_does(tmp_path: Path) -> None:
-    """Our vLLM model, and vLLM's own with what our export makes: one process, one engine after the other."""
+    """Our vLLM model, and vLLM's own with what our export makes: one process, one engine after the other.
+
+    In bfloat16, whose rounding moves answers, what routers have learnt must still be there bit for bit.
+    """
     models, folders = {}, []
     for case, config in CASES.items():
         folders.append(tmp_path / str(len(folders)))
@@ -141,7 +148,14 @@ def test_vllm_answers_as_our_own_network_does(tmp_path: Path) -> None:
         models[case] = make_checkpoint(config, tmp_path / "ours")
         export(tmp_path / "ours", folders[-1], replicate_dense=True)
         assert json.loads((folders[-1] / "config.json").read_text())["architectures"] == [stock_class]
-    check_answers(models, PROMPTS, ask_vllm(folders, PROMPTS, tmp_path))
+    halves = {case: tmp_path / f"half-{index}" for index, case in enumerate(CASES)}
+    for case, folder in halves.items():
+        deepcopy(models[case]).to(torch.bfloat16).save_pretrained(folder)
+    told = ask_vllm([*folders, *halves.values()], PROMPTS, tmp_path)
+    for case, routers in zip(halves, told["routers"][len(folders) :], strict=True):
+        learnt = {name: buffer for name, buffer in models[case].named_buffers() if ".gate." in name}
+        assert routers == {name: buffer.tolist() for name, buffer in learnt.items()}, case
+    check_answers(models, PROMPTS, told["answers"][: len(folders)])
 
 
 @pytest.mark.nightly
@@ -162,7 +176,7 @@ def test_ranks_that_share_a_model_answer_as_one(engine: dict[str, Any], tmp_path
     cases = {case: replace(config, tie_word_embeddings=config.attention_bias) for case, config in cases.items()}
     folders = [tmp_path / str(index) for index in range(len(cases))]
     models = {case: make_checkpoint(*pair) for case, *pair in zip(cases, cases.values(), folders, strict=True)}
-    check_answers(models, PROMPTS, ask_vllm(folders, PROMPTS, tmp_path, **engine))
+    check_answers(models, PROMPTS, ask_vllm(folders, PROMPTS, tmp_path, **engine)["answers"])
 
 
 def check_answers(models: dict[str, ZenModeForCausalLM], prompts: list[list[int]], found: list[Any]) -> None:

@@ -2,7 +2,8 @@
 
 python -m tests.contract.vllm_answers PROMPTS.json ENGINE FOLDER...
 
-ENGINE: more of the engine's arguments, as JSON, such as {"tensor_parallel_size": 2}.
+ENGINE: more of the engine's arguments, as JSON, such as {"tensor_parallel_size": 2}; without any, a second line says
+what the loaded routers hold beside their weights. Models run in the dtype of their config.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def answers(folder: str, prompts: list[list[int]], **engine: Any) -> list[dict[s
 
     llm = LLM(
         folder,
-        dtype="float32",
+        dtype=json.loads(Path(folder, "config.json").read_text())["dtype"],
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=128,
@@ -47,8 +48,16 @@ def answers(folder: str, prompts: list[list[int]], **engine: Any) -> list[dict[s
                 ],
             }
         )
+    if not engine:  # other processes would have to be sent the function
+        print(f"routers: {json.dumps(llm.apply_model(learnt_by_routers)[0])}", flush=True)
     del llm
     return found
+
+
+def learnt_by_routers(model: Any) -> dict[str, Any]:
+    """Thresholds, their steps and biases, by the names that checkpoints use."""
+    ours = (".bias_E", ".cutoff_E", ".steps")
+    return {name: value.tolist() for name, value in model.named_parameters() if name.endswith(ours)}
 
 
 def main() -> None:

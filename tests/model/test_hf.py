@@ -1,6 +1,7 @@
 """The Hugging Face classes: loading, saving, generation, caches."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.model.strategies import configs
-from zenray.model.config import ExpertGroup, MoDEConfig
+from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
 from zenray.model.hf import ZenModeConfig, ZenModeForCausalLM, register
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
@@ -52,6 +53,26 @@ def test_save_load_save_is_byte_identical(config, tmp_path_factory):
     assert hashes(folder / "1") == hashes(folder / "2")
     ids = torch.arange(10)[None] % config.vocab_size
     assert torch.equal(first.eval()(ids).logits, second(ids).logits)
+
+
+def test_bfloat16_keeps_what_routers_have_learnt_bit_for_bit(tmp_path):
+    router = RouterConfig(selection_bias=True)
+    config = replace(CONFIG, expert_choice_layers=(2,), router=router)
+    model = ZenModeForCausalLM(ZenModeConfig.from_mode(config))
+    for buffer in model.buffers():
+        buffer.copy_(torch.rand(buffer.shape) + 1)
+    learnt = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    for again in (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16),
+        AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16),
+    ):
+        found = dict(again.named_buffers())
+        assert {name: buffer.dtype for name, buffer in found.items()} == {n: b.dtype for n, b in learnt.items()}
+        assert again.lm_head.weight.dtype != torch.float32
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
+    assert len(found) == 3 and all(torch.equal(found[name], buffer) for name, buffer in learnt.items())
 
 
 def test_it_is_the_same_network_as_the_plain_one():

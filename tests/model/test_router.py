@@ -95,6 +95,19 @@ def test_a_forward_pass_alone_changes_no_router():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize("experts_choose", [True, False])
+def test_what_is_learnt_without_gradients_is_float32_in_a_bfloat16_network(experts_choose):
+    """bfloat16 knows no number between 1 and 1.0078, and a bias learns by 0.001."""
+    config = with_router(CONFIG if experts_choose else replace(CONFIG, expert_choice_layers=()), selection_bias=True)
+    model = trained(config)
+    learnt = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any((buffer != buffer.bfloat16()).any() for buffer in learnt.values())
+    for name, buffer in model.to(torch.bfloat16).named_buffers():
+        assert torch.equal(buffer, learnt[name]) and buffer.dtype == learnt[name].dtype, name
+    assert model.model.layers[0].mlp.gate.weight.dtype == torch.bfloat16
+    assert all(buffer.device.type == "meta" for buffer in model.to("meta").buffers())
+
+
 def test_before_any_training_tokens_choose():
     torch.manual_seed(0)
     experts, tokens = ExpertChoiceRouter(CONFIG).eval(), TokenChoiceRouter(CONFIG).eval()

@@ -8,6 +8,8 @@ T tokens, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,12 +21,26 @@ from zenray.model.dispatch import Assignment, assign_mask, assign_top_k
 
 
 class Router(nn.Module):
-    """What both have: the weight, and the probabilities."""
+    """What both have: the weight, and the probabilities.
+
+    What is learnt without gradients (buffers) is float32 in a model of any dtype: the steps of a bias and of a moving
+    average are smaller than bfloat16 can add.
+    """
 
     def __init__(self, config: MoDEConfig) -> None:
         super().__init__()
         self.router = config.router
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """`.to(bfloat16)` and its like are for the weight; buffers change device alone."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     def score(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(logits_TE, probs_TE), float32."""
@@ -52,7 +68,8 @@ class TokenChoiceRouter(Router):
 
     def __init__(self, config: MoDEConfig) -> None:
         super().__init__(config)
-        self.register_buffer("bias_E", torch.zeros(config.num_experts) if self.router.selection_bias else None)
+        bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if self.router.selection_bias else None
+        self.register_buffer("bias_E", bias_E)
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None) -> tuple[Assignment, RouterStats]:
         logits_TE, probs_TE = self.score(x_TD)
@@ -95,7 +112,7 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, config: MoDEConfig) -> None:
         super().__init__(config)
-        self.register_buffer("cutoff_E", torch.zeros(config.num_experts))
+        self.register_buffer("cutoff_E", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None) -> tuple[Assignment, RouterStats]:

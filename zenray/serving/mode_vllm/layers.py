@@ -136,10 +136,10 @@ class Gate(GateLinear):
         self.has_thresholds = False
         self.bias_E = self.cutoff_E = self.steps = None
         if experts_choose:
-            self.cutoff_E = _state(torch.zeros(config.num_experts))
+            self.cutoff_E = _state(torch.zeros(config.num_experts, dtype=torch.float32))
             self.steps = _state(torch.zeros((), dtype=torch.int64))
         elif config.router.selection_bias:
-            self.bias_E = _state(torch.zeros(config.num_experts))
+            self.bias_E = _state(torch.zeros(config.num_experts, dtype=torch.float32))
 
     @property
     def needs_own_choice(self) -> bool:
