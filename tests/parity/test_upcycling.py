@@ -187,6 +187,15 @@ def test_all_else_is_copied_byte_for_byte_and_experts_are_what_drop_makes(llama_
         assert [len(found) for found in changed_neurons(weights, got)] == [round(rate * weights.width)] * 3
 
 
+def test_tokenizer_licence_and_notice_go_along(llama_folder, tmp_path):
+    source = shutil.copytree(llama_folder, tmp_path / "dense")
+    for name in ("tokenizer.json", "LICENSE", "NOTICE", "README.md"):
+        (source / name).write_text("{}")
+    upcycle(source, recipe(), tmp_path / "mode")
+    made = {path.name for path in (tmp_path / "mode").iterdir()}
+    assert made >= {"tokenizer.json", "LICENSE", "NOTICE"} and "README.md" not in made
+
+
 def sha256(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 

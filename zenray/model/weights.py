@@ -15,11 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from zenray.model.checkpoints.source import INDEX_NAME, SINGLE_NAME
 from zenray.spec.errors import CorruptData, InvalidValue, NotFound, suggest
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-_DTYPE_CODES = {
+DTYPE_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -30,7 +29,7 @@ _DTYPE_CODES = {
     torch.int8: "I8",
     torch.bool: "BOOL",
 }
-_DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
+STORED_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class TensorFolder:
         """Shape and dtype of a tensor, without reading it. NotFound, CorruptData."""
         with self._open(name) as file:
             part = file.get_slice(name)
-            return TensorPlan(name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+            return TensorPlan(name, tuple(part.get_shape()), STORED_DTYPES[part.get_dtype()])
 
     def _open(self, name: str):  # type: ignore[no-untyped-def]
         if name not in self._file_of:
@@ -154,7 +153,7 @@ class TensorWriter:
         offset = 0
         for plan in self._shards[shard]:
             end = offset + plan.size_bytes
-            code = _DTYPE_CODES[plan.dtype]
+            code = DTYPE_CODES[plan.dtype]
             header[plan.name] = {"dtype": code, "shape": list(plan.shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from zenray.model.checkpoints.source import INDEX_NAME
 from zenray.model.config import MoDEConfig
 from zenray.model.experts import ExpertBank
 from zenray.model.hf.configuration import ZenModeConfig
 from zenray.model.network import MoDE, initialize_module
 from zenray.model.upcycling.source import DenseSource
-from zenray.model.weights import INDEX_NAME, TensorFolder, TensorPlan, TensorWriter
+from zenray.model.weights import TensorFolder, TensorPlan, TensorWriter
 from zenray.spec.errors import InvalidValue
 from zenray.training.expert_parallel import expert_banks
 from zenray.training.trainable import named_tensors

@@ -21,6 +21,8 @@ from transformers import (
 
 from tests.model.checkpoints.conftest import VOCABULARY, llama_config, save_model, write_gguf
 from zenray.model.checkpoints.convert import convert
+from zenray.model.config import MoDEConfig, RouterConfig, uniform_experts
+from zenray.model.hf import ZenModeConfig, ZenModeForCausalLM
 from zenray.spec.errors import InvalidDocument, InvalidValue, NotFound
 
 TEXT = "the quick fox, 2025 times: don't!"
@@ -121,6 +123,43 @@ def test_other_architectures(config: Qwen2Config, tmp_path: Path, tokenizer: Pre
     drop(source, name)
     with pytest.raises(InvalidDocument, match=f"1 of .* missing: {name}"):
         convert(source, tmp_path / "again")
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_what_a_mixtures_routers_have_learnt_is_imported_bit_for_bit(
+    max_shard_size: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Thresholds, the count of their steps, and biases are no weights: they keep their types."""
+    config = MoDEConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sparse_layers=(0, 1),
+        expert_groups=uniform_experts(4, 16),
+        expert_choice_layers=(0,),
+        router=RouterConfig(selection_bias=True),
+    )
+    torch.manual_seed(0)
+    model = ZenModeForCausalLM(ZenModeConfig.from_mode(config, bos_token_id=1, eos_token_id=2))
+    for buffer in model.buffers():
+        buffer.copy_(100 * torch.rand(buffer.shape))
+    model.save_pretrained(tmp_path / "source", max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "made")
+    assert (report.model_type, report.notes) == ("zen_mode", [])
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert made.dtype == torch.bfloat16
+    learnt = dict(made.named_buffers())
+    assert {name.rpartition(".")[2] for name in learnt} == {"bias_E", "cutoff_E", "steps"}
+    for name, buffer in model.named_buffers():
+        assert torch.equal(learnt[name], buffer) and learnt[name].dtype == buffer.dtype, name
+    convert(tmp_path / "made", tmp_path / "again")
+    for path in (tmp_path / "made").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def drop(source: Path, *names: str) -> None:

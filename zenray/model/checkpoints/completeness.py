@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from zenray.model.checkpoints.source import INDEX_NAME, read_json
+from zenray.model.checkpoints.source import INDEX_NAME, SINGLE_NAME, read_json
+from zenray.model.weights import DTYPE_CODES
 from zenray.spec.errors import InvalidDocument
 
-SINGLE_NAME = "model.safetensors"
 _PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # buffers that old checkpoints saved
 _MOST_NAMED = 5
@@ -21,11 +21,28 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a file's header describes it; `dtype` in safetensors' words (F32, BF16 …)."""
+    """A tensor as a file's header describes it; `dtype` in safetensors' words (F32, BF16 …).
+
+    `is_buffer`: not a weight but what the model learnt beside them (biases of a router, counts), which is never cast.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    is_buffer: bool = False
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The tensors that a checkpoint of some config has, on the meta device. `tied`: name → the name it equals."""
+
+    tensors: dict[str, torch.Tensor]
+    buffers: frozenset[str]
+    tied: dict[str, str]
+
+    def allows(self, name: str, dtype: str) -> bool:
+        """Whether a tensor may be stored so: as plain floating-point numbers, or as the model itself keeps it."""
+        return dtype in _PLAIN_DTYPES or (name in self.buffers and dtype == DTYPE_CODES.get(self.tensors[name].dtype))
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -107,42 +124,44 @@ def check(folder: Path) -> dict[str, StoredTensor]:
     """The folder's tensors that its model needs. InvalidDocument saying what is missing, wrong or too much."""
     config = load_config(folder)
     stored = {name: tensor for name, tensor in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
-    quantized = sorted(name for name, tensor in stored.items() if tensor.dtype not in _PLAIN_DTYPES)
+    expected = expected_tensors(config)
+    quantized = sorted(name for name, tensor in stored.items() if not expected.allows(name, tensor.dtype))
     if quantized:
         raise InvalidDocument(
             f"{folder} holds quantized weights: {_named([f'{n} ({stored[n].dtype})' for n in quantized])}.",
             hint="Import the model's original bf16, fp16 or fp32 weights, or a GGUF file.",
         )
-    expected, tied = expected_shapes(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.tensors.items()}
     reasons = []
-    missing = sorted(name for name in expected if name not in stored and not _covered(name, tied, stored))
+    missing = sorted(name for name in shapes if name not in stored and not _covered(name, expected.tied, stored))
     if missing:
-        reasons.append(f"{len(missing)} of {len(expected)} tensors are missing: {_named(missing)}")
+        reasons.append(f"{len(missing)} of {len(shapes)} tensors are missing: {_named(missing)}")
     wrong = [
         f"{name} is {list(stored[name].shape)}, its config says {list(shape)}"
-        for name, shape in sorted(expected.items())
+        for name, shape in sorted(shapes.items())
         if name in stored and stored[name].shape != shape
     ]
     if wrong:
         reasons.append(f"{len(wrong)} tensors have another shape: {_named(wrong)}")
-    surplus = sorted(set(stored) - set(expected))
+    surplus = sorted(set(stored) - set(shapes))
     if surplus:
         reasons.append(f"{len(surplus)} tensors are not of this model: {_named(surplus)}")
     if reasons:
         raise InvalidDocument(f"{folder} is not a complete {config.model_type} model: {'; '.join(reasons)}.")
-    return stored
+    return {name: replace(tensor, is_buffer=name in expected.buffers) for name, tensor in stored.items()}
 
 
-def expected_shapes(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes that a checkpoint of this config has, and its tied tensors (name → the name it equals).
+def expected_tensors(config: PretrainedConfig) -> Expected:
+    """What a checkpoint of this config has.
 
     The model is built on the meta device, which takes no memory; its own names are turned back into those of
     checkpoints, which differ for some models (experts are fused when loaded).
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    state = revert_weight_conversion(model, model.state_dict())
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}, dict(model.all_tied_weights_keys)
+    tensors = revert_weight_conversion(model, model.state_dict())
+    buffers = frozenset(name for name, _ in model.named_buffers() if name in tensors)
+    return Expected(tensors, buffers, dict(model.all_tied_weights_keys))
 
 
 def _covered(name: str, tied: dict[str, str], stored: dict[str, StoredTensor]) -> bool:

@@ -13,16 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from zenray.model.checkpoints.completeness import (
-    SINGLE_NAME,
-    StoredTensor,
-    check,
-    load_config,
-)
-from zenray.model.checkpoints.source import BESIDE_WEIGHTS, INDEX_NAME, read_json
+from zenray.model.checkpoints.completeness import StoredTensor, check, load_config
+from zenray.model.checkpoints.source import BESIDE_WEIGHTS, INDEX_NAME, SINGLE_NAME, read_json
+from zenray.model.weights import DTYPE_CODES, STORED_DTYPES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_STORED_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 OnConverted = Callable[[int, int], None]
 """Told bytes done and bytes in all."""
 
@@ -77,20 +72,25 @@ def _write_weights(
         done_bytes += sizes[file]
     on_converted(done_bytes, done_bytes)
     if len(files) > 1:
-        width = DTYPES[dtype].itemsize
-        elements = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
         weight_map = {name: renamed[tensors[name].file] for name in sorted(tensors)}
-        _write_json(target / INDEX_NAME, {"metadata": {"total_size": elements * width}, "weight_map": weight_map})
+        total_bytes = sum(torch.Size(t.shape).numel() * _written(t, dtype).itemsize for t in tensors.values())
+        _write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def _write_file(source: Path, target: Path, names: list[str], tensors: dict[str, StoredTensor], dtype: str) -> None:
     with safe_open(source, framework="pt") as file:
         whole = set(file.keys()) == set(names)
-        if whole and all(tensors[name].dtype == _STORED_NAMES[dtype] for name in names):
+        wanted = {name: _written(tensors[name], dtype) for name in names}
+        if whole and all(tensors[name].dtype == DTYPE_CODES[wanted[name]] for name in names):
             _link_or_copy(source, target)
             return
-        cast = {name: file.get_tensor(name).to(DTYPES[dtype]).contiguous() for name in names}
+        cast = {name: file.get_tensor(name).to(wanted[name]).contiguous() for name in names}
     save_file(cast, target, metadata={"format": "pt"})
+
+
+def _written(tensor: StoredTensor, dtype: str) -> torch.dtype:
+    """The type in which a tensor is written: only weights change theirs."""
+    return STORED_DTYPES[tensor.dtype] if tensor.is_buffer else DTYPES[dtype]
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

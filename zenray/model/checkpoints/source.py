@@ -26,7 +26,7 @@ BESIDE_WEIGHTS = (
     "NOTICE",
 )
 """What is taken along from a folder, beside its config and its weights."""
-INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from zenray.model.checkpoints.source import INDEX_NAME
 from zenray.model.config import MoDEConfig
 from zenray.model.experts import runs
 from zenray.model.hf.configuration import ZenModeConfig
-from zenray.model.weights import INDEX_NAME, TensorFolder, TensorPlan, TensorWriter
+from zenray.model.weights import TensorFolder, TensorPlan, TensorWriter
 from zenray.spec.errors import InvalidValue
 from zenray.storage.base import Progress
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from zenray.model.checkpoints.source import BESIDE_WEIGHTS
 from zenray.model.config import MoDEConfig
 from zenray.model.hf.configuration import ZenModeConfig
 from zenray.model.upcycling.drop import DropMode, FeedForwardWeights, drop, seeded
@@ -33,17 +34,6 @@ from zenray.model.weights import TensorPlan, TensorWriter
 from zenray.storage.base import Progress
 
 RECORD_NAME = "upcycling.json"
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def upcycle(
@@ -186,6 +176,6 @@ def _write_config(dense: DenseSource, config: MoDEConfig, output: Path, *, dtype
 
 
 def _copy_companions(source: Path, output: Path) -> None:
-    for name in _COPIED:
+    for name in BESIDE_WEIGHTS:
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
