@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from zenray.model.attribution import Attribution, kind_of, kind_shares, report
+from zenray.model.attribution import Attribution, StrongestTokens, kind_of, kind_shares, report
 from zenray.model.config import MoDEConfig, RouterConfig, uniform_experts
+from zenray.model.dispatch import Assignment
 from zenray.model.network import MoDE
 
 CONFIG = MoDEConfig(
@@ -68,6 +69,18 @@ def test_the_weights_are_the_routers(model):
         torch.testing.assert_close(found, strongest.weights[expert], rtol=1e-5, atol=1e-6)
 
 
+def test_of_equal_weights_the_earlier_stay():
+    kept = StrongestTokens(1, keep=3)
+    for batch, weights in enumerate(([0.5, 0.25], [0.5, 0.5, 0.125], [0.5, 0.75], [0.25])):
+        rows = len(weights)
+        rows_R = torch.arange(rows)
+        assignment = Assignment(rows_R, torch.tensor(weights), torch.tensor([rows]))
+        kept.add(assignment, rows_R + 10 * batch, rows_R + 100 * batch, torch.ones(rows, dtype=torch.bool))
+    assert kept.weights[0].tolist() == [0.75, 0.5, 0.5]
+    assert kept.positions[0].tolist() == [201, 0, 100] and kept.tokens[0].tolist() == [21, 0, 10]
+    assert kept.seen == [8]
+
+
 def test_padding_is_left_out(model):
     attribution = Attribution(model)
     valid = torch.ones_like(IDS, dtype=torch.bool)
@@ -102,6 +115,8 @@ def test_saved_and_reported(model, tmp_path):
         (",", "punctuation"),
         (" The", "function word"),
         (" слово", "other script"),
+        (b"\xe4\xb8".decode(errors="replace"), "part of a character"),
+        ("(\ufffd", "part of a character"),
         ("ing", "word piece"),
         (" mountain", "word"),
     ],

@@ -47,6 +47,9 @@ class StrongestTokens:
             real = valid_T[token_R].to(torch.bool)
             token_R, weight_R = token_R[real], weight_R[real.cpu()]
             self.seen[expert] += len(token_R)
+            if len(self.weights[expert]) == self.keep:  # all but a few need not be sorted with those that stay
+                stronger = weight_R > self.weights[expert][-1]
+                token_R, weight_R = token_R[stronger.to(token_R.device)], weight_R[stronger]
             weights = torch.cat([self.weights[expert], weight_R])
             best = weights.argsort(descending=True, stable=True)[: self.keep]
             self.weights[expert] = weights[best]
@@ -146,6 +149,7 @@ _FUNCTION_WORDS = {
 # The blog's table, in the order in which they are tried; the first that holds names the token.
 KINDS = (
     TokenKind("whitespace", lambda text: not text.strip()),
+    TokenKind("part of a character", lambda text: "\ufffd" in text),  # bytes that are no UTF-8 by themselves
     TokenKind("number", lambda text: text.strip().isnumeric()),
     TokenKind("code", lambda text: any(char in _BRACKETS_AND_OPERATORS for char in text)),
     TokenKind("punctuation", lambda text: not any(char.isalnum() for char in text)),
