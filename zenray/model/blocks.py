@@ -31,7 +31,9 @@ class BlockContext(NamedTuple):
     keys_BNLC: Tensor  # rotated
     values_BNLC: Tensor
     rotary: tuple[Tensor, Tensor]  # of the S new positions
-    mask: Tensor | None  # (B or 1, 1, S, L): where a query may look; None is plain causal without a past
+    mask: (
+        Tensor | None
+    )  # (B or 1, 1, S, L): where a query may look, or (eager) what is added to its scores; None: causal
     ids_BS: Tensor | None
     grid_BL2: Tensor | None  # row and column of each position, −1 off the grid; None: no position is on it
 
@@ -72,7 +74,7 @@ class SpatialBlock(DeepBlock):
     def forward(self, x_BSD: Tensor, context: BlockContext) -> Tensor:
         S, L = x_BSD.shape[1], context.keys_BNLC.shape[2]
         near = self.neighbours(S, L, context.grid_BL2, x_BSD.device)
-        return self.attend(x_BSD, context, near if context.mask is None else near & context.mask)
+        return self.attend(x_BSD, context, near if context.mask is None else _within(near, context.mask))
 
     def neighbours(self, length: int, total: int, grid_BL2: Tensor | None, device: torch.device) -> Tensor:
         """(B or 1, 1, S, L): earlier tokens near on the grid, and every token itself."""
@@ -90,6 +92,11 @@ class SpatialBlock(DeepBlock):
         close_BSL = ((here_BS12 - there_B1L2).abs() <= self.radius).all(dim=-1)
         on_grid_BSL = (here_BS12 >= 0).all(dim=-1) & (there_B1L2 >= 0).all(dim=-1)
         return ((close_BSL & on_grid_BSL & (key <= query)[None]) | itself)[:, None]
+
+
+def _within(near: Tensor, mask: Tensor) -> Tensor:
+    """`mask`, of either form, and nothing outside of `near`."""
+    return near & mask if mask.dtype == torch.bool else torch.where(near, mask, float("-inf"))
 
 
 class VocabularyBlock(nn.Module):
