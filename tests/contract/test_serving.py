@@ -16,6 +16,7 @@ from zenray.serving.autoscaling import _RUNNING_REQUESTS, POLICY_PATH, autoscali
 from zenray.serving.engine.base import EngineLaunch, EngineLoad
 from zenray.serving.engine.wire import FINGERPRINT, Wire
 from zenray.spec.deployments import Autoscaling, EngineSettings
+from zenray.spec.serving import Start
 
 pytestmark = [
     pytest.mark.contract,
@@ -99,6 +100,16 @@ def test_a_sleeping_deployment_proves_its_version_first() -> None:
     assert (options["min_replicas"], options["initial_replicas"]) == (0, 1)
     config = AutoscalingConfig(**options)
     assert (config.downscale_delay_s, config.policy.policy_kwargs["downscale_delay_s"]) == (0, 30)
+
+
+def test_a_revision_that_takes_over_begins_with_as_many_replicas_as_it_is_told() -> None:
+    from ray.serve.config import AutoscalingConfig
+
+    settings = Autoscaling(max_replicas=9, downscale_delay_s=30)
+    config = AutoscalingConfig(**autoscaling_options(settings, Start(replicas=8, hold_s=420)))
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (1, 8, 9)
+    kwargs = config.policy.policy_kwargs
+    assert (kwargs["start_replicas"], kwargs["start_hold_s"]) == (8, 420)
 
 
 def test_ray_serve_takes_the_application_as_it_is_built(tmp_path: Any) -> None:

@@ -131,6 +131,26 @@ def test_a_rollout_moves_the_route_only_when_the_new_one_is_ready(platform: Plat
     assert platform.look().view.message is None
 
 
+def test_a_rollout_begins_with_the_replicas_that_the_load_needs(platform: Platform) -> None:
+    """The load comes at once: one replica in the place of four would make everybody wait."""
+    bounds = {"min_replicas": 1, "max_replicas": 6}
+    first = platform.put("1", autoscaling=bounds).view.wanted
+    platform.rounds(8)
+    platform.cluster.scale(first, 4)
+    second = platform.put("2", autoscaling=bounds).view.wanted
+    platform.rounds(14)
+    route = platform.route()
+    assert route is not None and route.revision == second and len(route.endpoints) == 4
+    applied = len(platform.cluster.applied)
+    platform.cluster.scale(second, 2)
+    platform.rounds(2)
+    assert len(platform.cluster.applied) == applied  # what it began with is not held against it
+    platform.put("1", autoscaling=bounds)  # and back: with as many as the load needs now
+    platform.rounds(14)
+    route = platform.route()
+    assert route is not None and route.revision == first and len(route.endpoints) == 2
+
+
 def test_a_broken_revision_leaves_the_old_one_serving_and_says_why(platform: Platform) -> None:
     platform.put("1")
     platform.rounds(8)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from zenray.control.deployments.canaries import Seen
 from zenray.control.deployments.rollout import (
     DRAIN_SETTLE_S,
+    FILL_WAIT_S,
+    LOAD_SETTLES_S,
     RETRY_FAILED_S,
     START_TIMEOUT_S,
     DeploymentView,
@@ -21,7 +23,7 @@ from zenray.control.deployments.rollout import (
     unreachable,
 )
 from zenray.spec.deployments import Autoscaling, Canary, DeploymentSpec, DeploymentState
-from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
+from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus, Start
 
 State, App = DeploymentState, ApplicationState
 SPEC = DeploymentSpec(model="m", version="1")
@@ -139,6 +141,77 @@ def test_a_broken_new_revision_never_takes_traffic_and_the_old_one_stays() -> No
     assert phases(broken) == {"a": Phase.SERVING, "b": Phase.FAILED}
     assert (broken.state, broken.message) == (State.READY, "b failed, a goes on serving: no such file")
     assert decide(broken, serve(old), 10_000.0) == broken
+
+
+WIDE = DeploymentSpec(model="m", version="2", autoscaling=Autoscaling(max_replicas=10))
+
+
+def rollout(**fields: object) -> DeploymentView:
+    """Eight replicas of `a` serve, and `b` has just been asked for and begins."""
+    start = view(
+        revision("a", Phase.SERVING, was_ready=True), revision("b", Phase.QUEUED, spec=WIDE), wanted="b", **fields
+    )  # type: ignore[arg-type]
+    return decide(start, serve(app("a", App.RUNNING, replicas=8)), 1.0)
+
+
+def test_a_new_revision_begins_with_as_many_replicas_as_the_old_one_has() -> None:
+    begun = rollout().revisions[1]
+    assert (begun.phase, begun.start) == (Phase.CANDIDATE, Start(replicas=8, hold_s=FILL_WAIT_S + LOAD_SETTLES_S))
+    trial = rollout(canary=CANARY).revisions[1].start
+    assert trial is not None and trial.hold_s == FILL_WAIT_S + CANARY.for_s + LOAD_SETTLES_S
+    assert WIDE.revision() == begun.spec.revision()  # with how many it starts makes no revision of its own
+
+
+@pytest.mark.parametrize(
+    ("served_by", "bounds", "expected"),
+    [
+        (8, Autoscaling(max_replicas=10), 8),
+        (8, Autoscaling(max_replicas=5), 5),  # never beyond its own bounds
+        (8, Autoscaling(min_replicas=9, max_replicas=10), None),  # it begins with more by itself
+        (1, Autoscaling(max_replicas=10), None),
+        (0, Autoscaling(min_replicas=0, max_replicas=10), None),  # the old one sleeps
+    ],
+)
+def test_it_begins_within_its_own_bounds(served_by: int, bounds: Autoscaling, expected: int | None) -> None:
+    spec = WIDE.model_copy(update={"autoscaling": bounds})
+    start = view(revision("a", Phase.SERVING), revision("b", Phase.QUEUED, spec=spec), wanted="b")
+    begun = decide(start, serve(app("a", App.RUNNING, replicas=served_by)), 1.0).revisions[1].start
+    assert (begun.replicas if begun else None) == expected
+
+
+def test_a_first_start_has_nobody_to_follow() -> None:
+    first = decide(view(revision("a", Phase.QUEUED, spec=WIDE)), serve(), 1.0)
+    assert first.revisions[0].start is None
+
+
+def test_it_takes_over_when_all_of_them_run() -> None:
+    old = app("a", App.RUNNING, replicas=8)
+    filling = decide(rollout(), serve(old, app("b", App.DEPLOYING, replicas=3)), 50.0)
+    assert phases(filling) == {"a": Phase.SERVING, "b": Phase.FILLING} and filling.state is State.READY
+    assert filling.message is not None and "b has 3 replicas and waits for the others" in filling.message
+    full = decide(filling, serve(old, app("b", App.RUNNING, replicas=8)), 60.0)
+    assert phases(full) == {"a": Phase.DRAINING, "b": Phase.SERVING}
+
+
+def test_without_room_for_all_it_takes_over_with_those_that_run() -> None:
+    """Replicas that have no place until the old ones leave theirs are not waited for."""
+    old, part = app("a", App.RUNNING, replicas=8), app("b", App.DEPLOYING, replicas=3)
+    filling = decide(rollout(), serve(old, part), 50.0)
+    assert phases(decide(filling, serve(old, part), 49.9 + FILL_WAIT_S))["b"] is Phase.FILLING
+    shifted = decide(filling, serve(old, part), 50.0 + FILL_WAIT_S)
+    assert phases(shifted) == {"a": Phase.DRAINING, "b": Phase.SERVING} and shifted.state is State.READY
+    trial = decide(replace(filling, canary=CANARY), serve(old, part), 50.0 + FILL_WAIT_S)
+    assert phases(trial) == {"a": Phase.SERVING, "b": Phase.CANARY}
+    assert phases(decide(trial, serve(old, part), 51.0 + FILL_WAIT_S)) == phases(trial)
+
+
+def test_one_that_loses_its_first_replicas_is_waited_for_anew() -> None:
+    old = app("a", App.RUNNING, replicas=8)
+    filling = decide(rollout(), serve(old, app("b", App.DEPLOYING, replicas=1)), 50.0)
+    lost = decide(filling, serve(old, app("b", App.DEPLOYING)), 60.0)
+    assert phases(lost)["b"] is Phase.CANDIDATE
+    broken = decide(filling, serve(old, app("b", App.DEPLOY_FAILED, message="out of memory")), 60.0)
+    assert phases(broken) == {"a": Phase.SERVING, "b": Phase.FAILED}
 
 
 CANARY = Canary(weight=0.1, for_s=60)
@@ -338,7 +411,11 @@ def test_whatever_ray_says_traffic_moves_only_to_what_is_ready(
         assert sum(each.phase is Phase.SERVING for each in after.revisions) <= 1
         if is_ is not None and is_ != was:
             found = status.applications[is_.name]
-            assert is_.name == wanted and found.state is App.RUNNING and found.replica_urls
+            (earlier,) = (each for each in before.revisions if each.name == is_.name)
+            filled = earlier.phase is Phase.FILLING and now - earlier.since >= FILL_WAIT_S
+            assert is_.name == wanted and found.replica_urls
+            if earlier.phase is not Phase.CANARY:  # that one has proved itself
+                assert found.state is App.RUNNING or (found.state is App.DEPLOYING and filled)
         if was is not None and is_ is None and not before.stop:
             assert was.name == wanted and status.applications[was.name].state is App.DEPLOY_FAILED
         if before.stop:
@@ -351,7 +428,7 @@ def test_whatever_ray_says_traffic_moves_only_to_what_is_ready(
         trial = after.in_canary()
         if trial is not None:  # only what is wanted and runs gets a share, beside one that serves, for a bounded time
             found = status.applications[trial.name]
-            assert trial.name == wanted and found.state is App.RUNNING and found.replica_urls
+            assert trial.name == wanted and found.state in (App.RUNNING, App.DEPLOYING) and found.replica_urls
             assert after.canary is not None and now - trial.since < CANARY.for_s
             assert is_ is not None and is_.name != trial.name
         current = after

@@ -167,6 +167,14 @@ class TestOverTime:
         assert decide(signals(5, mean=0), TARGETS, memory, 109.9)[0] == 5
         assert decide(signals(5, mean=0), TARGETS, memory, 110.1)[0] == 0
 
+    def test_a_start_with_many_keeps_them_until_the_load_has_come(self) -> None:
+        """A revision that takes over from eight replicas has no load before it does."""
+        loop = Loop(replace(TARGETS, start_replicas=8, start_hold_s=60))
+        loop.running = loop.target = 8
+        for second in range(100):
+            loop.step(signals(mean=0 if second < 50 else 12))
+        assert loop.targets_seen == [8] * 70 + [6] * 30  # held, then the usual delay, then what the load needs
+
     @given(st.lists(st.integers(0, 40), min_size=20, max_size=60), st.integers(1, 8))
     def test_it_never_falls_below_what_the_last_seconds_needed(self, loads: list[int], start_s: int) -> None:
         loop = Loop(TARGETS, start_s=start_s)

@@ -173,7 +173,8 @@ class FakeCluster:
 
 def _initial_replicas(wish: ServeApplication) -> int:
     try:
-        return max(1, ReplicaLaunch.model_validate(wish.args).deployment.autoscaling.min_replicas)
+        launch = ReplicaLaunch.model_validate(wish.args)
+        return launch.start.replicas if launch.start else max(1, launch.deployment.autoscaling.min_replicas)
     except ValidationError:
         return 1
 

@@ -29,7 +29,7 @@ def deployment_options(launch: ReplicaLaunch) -> dict[str, Any]:
     spec = launch.deployment
     return {
         "name": spec.model,
-        "autoscaling_config": autoscaling_options(spec.autoscaling),
+        "autoscaling_config": autoscaling_options(spec.autoscaling, launch.start),
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "graceful_shutdown_timeout_s": spec.graceful_shutdown_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.5,

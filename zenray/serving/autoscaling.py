@@ -8,6 +8,7 @@ from typing import Any
 
 from zenray.serving.scaling import Memory, Signals, Targets, decide
 from zenray.spec.deployments import Autoscaling
+from zenray.spec.serving import Start
 
 POLICY_PATH = "zenray.serving.autoscaling:Policy"
 METRICS_INTERVAL_S = 1.0
@@ -16,26 +17,26 @@ _RUNNING_REQUESTS = "running_requests"  # what Ray 2.60 calls the requests that 
 _MEMORY = "zenray"
 
 
-def autoscaling_options(settings: Autoscaling) -> dict[str, Any]:
+def autoscaling_options(settings: Autoscaling, start: Start | None = None) -> dict[str, Any]:
     """Ray Serve's `autoscaling_config`.
 
     A deployment that may sleep still starts with one replica: a version that cannot run must show at once, not at the
-    first request. It falls asleep after `downscale_delay_s`.
+    first request. It falls asleep after `downscale_delay_s`. With `start` it begins with as many as that says.
     """
     return {
         "min_replicas": settings.min_replicas,
-        "initial_replicas": max(1, settings.min_replicas),
+        "initial_replicas": max(1, settings.min_replicas) if start is None else start.replicas,
         "max_replicas": settings.max_replicas,
         "target_ongoing_requests": settings.target_ongoing_requests,
         "upscale_delay_s": 0,  # both delays are the policy's own
         "downscale_delay_s": 0,
         "metrics_interval_s": METRICS_INTERVAL_S,
         "look_back_period_s": LOOK_BACK_S,
-        "policy": {"policy_function": POLICY_PATH, "policy_kwargs": asdict(targets_of(settings))},
+        "policy": {"policy_function": POLICY_PATH, "policy_kwargs": asdict(targets_of(settings, start))},
     }
 
 
-def targets_of(settings: Autoscaling) -> Targets:
+def targets_of(settings: Autoscaling, start: Start | None = None) -> Targets:
     return Targets(
         ongoing_requests=settings.target_ongoing_requests,
         waiting_requests=settings.target_waiting_requests,
@@ -43,6 +44,8 @@ def targets_of(settings: Autoscaling) -> Targets:
         ttft_p99_s=settings.target_ttft_p99_s,
         upscale_delay_s=settings.upscale_delay_s,
         downscale_delay_s=settings.downscale_delay_s,
+        start_replicas=start.replicas if start is not None else 0,
+        start_hold_s=start.hold_s if start is not None else 0.0,
     )
 
 

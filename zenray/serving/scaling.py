@@ -36,6 +36,8 @@ class Targets:
     ttft_p99_s: float | None = None
     upscale_delay_s: float = 0.0
     downscale_delay_s: float = 0.0
+    start_replicas: int = 0  # so many are wanted at least, before the traffic of an older revision comes …
+    start_hold_s: float = 0.0  # … for so long
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def decide(signals: Signals, targets: Targets, memory: Memory | None, now_s: flo
     memory = memory or Memory(begun_at_s=now_s)
     limit = memory.limit.now(now_s, targets.ongoing_requests) if memory.limit else None
     wanted = replicas_wanted(signals, targets, limit)
+    if now_s - memory.begun_at_s < targets.start_hold_s:
+        wanted = max(wanted, targets.start_replicas)
     short_since_s: float | None = None
     if wanted > signals.target:
         short_since_s = now_s if memory.short_since_s is None else memory.short_since_s

@@ -14,12 +14,20 @@ from zenray.spec.platform import StorageSettings
 SERVE_IMPORT_PATH = "zenray.serving.app:build"
 
 
+class Start(Document):
+    """With how many replicas a revision begins that takes over from another one: it has no load yet that says so."""
+
+    replicas: int = Field(ge=1)
+    hold_s: float = Field(ge=0, description="No fewer before so long after the first of them runs.")
+
+
 class ReplicaLaunch(Document):
     """The `args` of a Serve application: all that `zenray.serving` needs to run one revision."""
 
     deployment: DeploymentSpec = Field(description="With `version` filled in.")
     storage: StorageSettings = Field(description="With an absolute `uri`.")
     cache_dir: str = Field(description="Where a node keeps verified weights; shared by its replicas.")
+    start: Start | None = Field(None, description="None: as autoscaling says. No part of the revision's name.")
 
 
 class ApplicationState(StrEnum):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from zenray.spec.deployments import DeploymentSpec
 from zenray.spec.platform import StorageSettings
-from zenray.spec.serving import ReplicaLaunch, ServeApplication
+from zenray.spec.serving import ReplicaLaunch, ServeApplication, Start
 
 ENGINE_KEY_VARIABLE = "VLLM_API_KEY"
 
@@ -33,8 +33,14 @@ class ApplicationFactory:
         )
 
 
-def spec_of(application: ServeApplication) -> DeploymentSpec:
-    return ReplicaLaunch.model_validate(application.args).deployment
+def launch_of(application: ServeApplication) -> ReplicaLaunch:
+    return ReplicaLaunch.model_validate(application.args)
+
+
+def started_with(application: ServeApplication, start: Start | None) -> ServeApplication:
+    """The same application, to begin so. Only while Ray Serve does not have it: other arguments are a restart."""
+    launch = launch_of(application).model_copy(update={"start": start})
+    return application.model_copy(update={"args": launch.model_dump(mode="json")})
 
 
 def engine_key_of(application: ServeApplication) -> str:

@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from zenray.control.db.published import Kind, PublishedEntry
-from zenray.control.deployments.applications import spec_of
+from zenray.control.deployments.applications import launch_of, started_with
 from zenray.control.deployments.rollout import DeploymentView, Phase, RevisionView
 from zenray.control.deployments.tables import Deployment, DeploymentEvent, Revision
 from zenray.spec.deployments import Canary, DeploymentState
@@ -58,6 +58,9 @@ def write(session: Session, before: DeploymentView | None, after: DeploymentView
         stored = session.get_one(Revision, revision.name)
         stored.phase, stored.since = revision.phase, revision.since
         stored.was_ready, stored.message = revision.was_ready, revision.message
+        if earlier is not None and revision.start != earlier.start:
+            application = ServeApplication.model_validate_json(stored.application)
+            stored.application = started_with(application, revision.start).model_dump_json()
         if earlier is None or earlier.phase is not revision.phase:
             said = f"{revision.phase.value}: {revision.message}" if revision.message else revision.phase.value
             _record(session, after, revision.name, row.state, said, now)
@@ -99,6 +102,7 @@ def _record(
 
 def _loaded(row: Deployment, revisions: list[Revision], published: str | None) -> Loaded:
     applications = {r.name: ServeApplication.model_validate_json(r.application) for r in revisions}
+    launches = {name: launch_of(application) for name, application in applications.items()}
     view = DeploymentView(
         model=row.model,
         wanted=row.wanted_revision,
@@ -109,11 +113,12 @@ def _loaded(row: Deployment, revisions: list[Revision], published: str | None) -
         revisions=tuple(
             RevisionView(
                 name=r.name,
-                spec=spec_of(applications[r.name]),
+                spec=launches[r.name].deployment,
                 phase=Phase(r.phase),
                 since=r.since,
                 was_ready=r.was_ready,
                 message=r.message,
+                start=launches[r.name].start,
             )
             for r in revisions
         ),

@@ -6,6 +6,12 @@ the wish (so that its memory is free again), and the old one goes on serving. Wi
 candidate takes a share of the traffic for some time first; if it fails then, by Ray's word or by what gateways saw of
 it, it is a failed candidate too. The share is given only beside an old revision that can serve: where that cannot, the
 canary takes all.
+
+**How many replicas a new revision has when it takes over.** The load comes at once, so it begins with as many as the
+one that serves has at that moment (`start_of`), within its own bounds, and its autoscaler keeps them until the load is
+there. It takes over when all of them run. The cluster may have no room for both: what has not started FILL_WAIT_S
+after the first replica did is not waited for. The new revision then takes over with what it has, and gets the rest
+when the old one's replicas have left their places.
 """
 
 from __future__ import annotations
@@ -15,20 +21,24 @@ from enum import StrEnum
 
 from zenray.control.deployments.canaries import Seen
 from zenray.spec.deployments import Canary, DeploymentSpec, DeploymentState
-from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus
+from zenray.spec.serving import ApplicationState, ApplicationStatus, ServeStatus, Start
 
 # How long an application is kept after its route was withdrawn, for gateways to hear of it. After that it is deleted,
 # and Ray Serve itself lets its replicas finish what they have begun (graceful_shutdown_timeout_s).
 DRAIN_SETTLE_S = 2.0
 START_TIMEOUT_S = 7200.0  # the largest models load hundreds of gigabytes
 RETRY_FAILED_S = 60.0
+FILL_WAIT_S = 300.0  # replicas load at the same time: who is so much later than the first has no place
+LOAD_SETTLES_S = 120.0  # after it took over a revision's own load says how many it needs
 
 
 class Phase(StrEnum):
-    """A revision's life: queued → candidate (→ canary) → serving → draining → gone; any that runs → failed → queued."""
+    """A revision's life: queued → candidate (→ filling) (→ canary) → serving → draining → gone; any that runs → failed
+    → queued."""
 
     QUEUED = "queued"  # waits until an older application of the same name is gone
     CANDIDATE = "candidate"  # is to run; takes no traffic yet
+    FILLING = "filling"  # a candidate, and some of its replicas run
     CANARY = "canary"  # takes a share of the traffic, beside the one that serves
     SERVING = "serving"  # takes the traffic
     DRAINING = "draining"  # gets no new traffic; is deleted soon
@@ -38,7 +48,7 @@ class Phase(StrEnum):
     @property
     def in_serve(self) -> bool:
         """Whether Ray Serve is to have the application."""
-        return self in (Phase.CANDIDATE, Phase.CANARY, Phase.SERVING, Phase.DRAINING)
+        return self in (Phase.CANDIDATE, Phase.FILLING, Phase.CANARY, Phase.SERVING, Phase.DRAINING)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class RevisionView:
     since: float
     was_ready: bool = False
     message: str | None = None
+    start: Start | None = None  # how it was started the last time
 
     def to(self, phase: Phase, now: float, message: str | None = None) -> RevisionView:
         return replace(self, phase=phase, since=now, message=message)
@@ -85,12 +96,27 @@ def decide(view: DeploymentView, status: ServeStatus, now: float, seen: Seen = S
         return _wind_down(view, status, now)
     by_name = {revision.name: revision for revision in view.revisions}
     canary = view.canary if _can_serve(view.serving(), status) else None
-    wanted = _advance(by_name.pop(view.wanted), status.applications.get(view.wanted), canary, now, seen)
+    before = by_name.pop(view.wanted)
+    wanted = _advance(before, status.applications.get(view.wanted), canary, now, seen)
+    if before.phase is Phase.QUEUED and wanted.phase is Phase.CANDIDATE:
+        wanted = replace(wanted, start=start_of(view, status))
     others = [_retire(revision, wanted.phase is Phase.SERVING, now) for revision in by_name.values()]
     revisions = tuple(
         wanted if r.name == wanted.name else next(o for o in others if o.name == r.name) for r in view.revisions
     )
     return _with_state(replace(view, revisions=revisions), wanted, status)
+
+
+def start_of(view: DeploymentView, status: ServeStatus) -> Start | None:
+    """How the wanted revision starts: beside one that serves with as many replicas; None: as its autoscaling says."""
+    wanted, serving = next(r for r in view.revisions if r.name == view.wanted), view.serving()
+    app = status.applications.get(serving.name) if serving is not None else None
+    bounds = wanted.spec.autoscaling
+    replicas = min(len(app.replica_urls) if app is not None else 0, bounds.max_replicas)
+    if replicas <= max(1, bounds.min_replicas):
+        return None
+    trial_s = view.canary.for_s if view.canary is not None else 0.0
+    return Start(replicas=replicas, hold_s=FILL_WAIT_S + trial_s + LOAD_SETTLES_S)
 
 
 def unreachable(view: DeploymentView, reason: str) -> DeploymentView:
@@ -119,8 +145,12 @@ def _advance(
         return revision
     if revision.phase is Phase.CANARY:
         return _advance_canary(revision, app, canary, now, seen)
-    if app is not None and _is_ready(revision.spec, app):
+    fills = app is not None and app.state is ApplicationState.DEPLOYING and bool(app.replica_urls)
+    waited = fills and revision.phase is Phase.FILLING and now - revision.since >= FILL_WAIT_S
+    if waited or (app is not None and _is_ready(revision.spec, app)):
         return replace(revision.to(Phase.CANARY if canary else Phase.SERVING, now), was_ready=not canary)
+    if fills is not (revision.phase is Phase.FILLING):
+        return revision.to(Phase.FILLING if fills else Phase.CANDIDATE, now)
     if now - revision.since > START_TIMEOUT_S:
         said = f" Ray Serve says: {app.message}" if app and app.message else ""
         return revision.to(Phase.FAILED, now, f"No replica was ready after {START_TIMEOUT_S / 60:.0f} minutes.{said}")
@@ -135,7 +165,7 @@ def _advance_canary(
     fault = canary_fault(canary, seen) if canary is not None else None
     if fault is not None:
         return revision.to(Phase.FAILED, now, fault)
-    if app is None or not _is_ready(revision.spec, app):
+    if app is None or not _answers(revision.spec, app):
         return revision.to(Phase.CANDIDATE, now)  # Ray has lost it, and is given it again; its time starts anew
     if canary is None or now - revision.since >= canary.for_s:
         return replace(revision.to(Phase.SERVING, now), was_ready=True)
@@ -159,13 +189,19 @@ def canary_fault(canary: Canary, seen: Seen) -> str | None:
 def _can_serve(revision: RevisionView | None, status: ServeStatus) -> bool:
     """Whether a revision has a replica, or is only asleep."""
     app = status.applications.get(revision.name) if revision is not None else None
-    return revision is not None and app is not None and _is_ready(revision.spec, app)
+    return revision is not None and app is not None and _answers(revision.spec, app)
 
 
 def _is_ready(spec: DeploymentSpec, app: ApplicationStatus) -> bool:
-    if app.state is not ApplicationState.RUNNING:
-        return False
-    return bool(app.replica_urls) or spec.autoscaling.min_replicas == 0
+    """Whether all replicas run that it was started with: only then does Ray Serve call an application RUNNING."""
+    return app.state is ApplicationState.RUNNING and _answers(spec, app)
+
+
+def _answers(spec: DeploymentSpec, app: ApplicationStatus) -> bool:
+    """Whether it has a replica, or Ray Serve will wake one: it may also be short of some that are still to start."""
+    if app.state is ApplicationState.RUNNING and spec.autoscaling.min_replicas == 0:
+        return True
+    return app.state in (ApplicationState.RUNNING, ApplicationState.DEPLOYING) and bool(app.replica_urls)
 
 
 def _retire(revision: RevisionView, replaced: bool, now: float) -> RevisionView:
@@ -176,7 +212,7 @@ def _retire(revision: RevisionView, replaced: bool, now: float) -> RevisionView:
         return revision.to(Phase.DRAINING, now, "Replaced while it was a canary.")
     if revision.phase is Phase.DRAINING:
         return revision.to(Phase.GONE, now) if now - revision.since >= DRAIN_SETTLE_S else revision
-    if revision.phase in (Phase.QUEUED, Phase.CANDIDATE):
+    if revision.phase in (Phase.QUEUED, Phase.CANDIDATE, Phase.FILLING):
         return revision.to(Phase.GONE, now, "Replaced before it was ready.")
     return revision
 
@@ -231,6 +267,11 @@ def _rollout_note(
         return f"{wanted.name} is a canary with {share}, {serving.name} has the rest"
     if wanted.phase is Phase.FAILED:
         return f"{wanted.name} failed, {serving.name} goes on serving: {wanted.message}"
+    if wanted.phase is Phase.FILLING and app is not None:
+        return (
+            f"{wanted.name} has {len(app.replica_urls)} replicas and waits for the others, {FILL_WAIT_S / 60:.0f} "
+            f"minutes at most; {serving.name} serves until then"
+        )
     said = f": {app.message}" if app and app.message else ""
     return f"{wanted.name} is starting, {serving.name} serves until it is ready{said}"
 
