@@ -107,6 +107,26 @@ def test_a_mixture_by_hand() -> None:
     assert flops_per_token(dense(moe=moe, dense_layers=[0])) == 2 * (96 + 72 + 72 + 16 + 40 + 40)
 
 
+def test_blocks_by_hand() -> None:
+    blocks = [
+        {"kind": "deep", "experts": 2, "width": 4},
+        {"kind": "vocabulary", "width": 3},
+        {"kind": "spatial", "width": 2},
+    ]
+    moe = {"experts": 6, "top_k": 2, "expert_widths": [3, 6], "blocks": blocks}
+    with_blocks = dense(moe=moe, dense_layers=[0], local_layers=[0], local_window_tokens=2)
+    count = count_parameters(with_blocks)
+    # In the one sparse layer: queries and outputs 2×4×(4+4+2) = 80; a second embedding 10×3 and its adapter 3×4.
+    assert count.blocks == 80 + 42
+    # A third of tokens meets each FFN; all meet the blocks, of which only the look-up is no product.
+    assert (count.routed_experts, count.routed_active, count.router) == (108, 36, 24)
+    assert count.total - count.active == 72
+    assert flops_per_token(with_blocks) == 2 * (96 + 72 + 36 + 24 + 40 + 80 + 12)
+    # The layer's own queries, and the blocks', where it attends to all five tokens.
+    assert flops_per_token(with_blocks, 5) == flops_per_token(with_blocks) + 4 * (4 * 2 + (4 + 10) * 5)
+    assert kv_cache_bytes_per_token(with_blocks) == kv_cache_bytes_per_token(dense())
+
+
 def test_kv_cache_by_hand() -> None:
     assert kv_cache_bytes_per_token(dense()) == 2 * 2 * 2 * 2  # key and value, layers, kv_width, bytes
     assert kv_cache_bytes(dense(), 10, bytes_per_value=1) == 80

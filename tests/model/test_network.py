@@ -206,10 +206,6 @@ def test_router_works_in_float32_under_a_bfloat16_model():
 @settings(max_examples=60, deadline=None)
 @given(configs())
 def test_the_catalog_counts_every_parameter_that_is_built(config):
-    feed_forward = tuple(group for group in config.expert_groups if group.kind == "feed_forward")
-    k = min(config.router.experts_per_token, sum(group.num_experts for group in feed_forward) or 1)
-    router = replace(config.router, experts_per_token=k)
-    config = replace(config, expert_groups=feed_forward, router=router)
     with torch.device("meta"):
         model = MoDE(config)
     assert count_parameters(config.dimensions()).total == sum(parameter.numel() for parameter in model.parameters())

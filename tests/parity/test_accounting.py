@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     DynamicCache,
@@ -30,6 +32,7 @@ from transformers import (
 from zenray.catalog import Catalog, ModelEntry
 from zenray.catalog.accounting import count_parameters, flops_per_token, kv_cache_bytes_per_token, lora_parameters
 from zenray.model.config import MoDEConfig
+from zenray.model.hf import ZenModeConfig, ZenModeForCausalLM
 from zenray.model.network import MoDE
 from zenray.spec.dimensions import ModelDimensions
 
@@ -174,6 +177,18 @@ def test_every_model_of_the_catalog_is_built_with_the_parameters_counted(entry: 
     assert parameters(model) == count_parameters(entry.dimensions).total
 
 
+@pytest.mark.parametrize("name", ["zen-base-mode", "zen-pro-mode", "zen-max-mode"])
+def test_the_zips_models_are_counted_with_their_blocks(name: str) -> None:
+    dimensions = Catalog.load().get(name).dimensions
+    assert dimensions is not None and dimensions.moe is not None
+    assert {block.kind for block in dimensions.moe.blocks} == {"deep", "vocabulary", "spatial"}
+    with torch.device("meta"):
+        model = MoDE(MoDEConfig.from_dimensions(dimensions))
+    count = count_parameters(dimensions)
+    assert count.blocks == sum(p.numel() for name, p in model.named_parameters() if ".mlp.blocks." in name)
+    assert count.routed_experts == routed(model)
+
+
 TINY = {"vocab_size": 64, "hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
 TINY_MOE = {"experts": 4, "top_k": 2, "expert_width": 16}
 TINY_MODELS: list[tuple[dict[str, Any], type[PreTrainedModel]]] = [
@@ -202,6 +217,39 @@ def test_flops_are_those_that_torch_counts(values: dict[str, Any], kind: type[Pr
         model(torch.arange(tokens)[None])
     # Eager attention computes the whole square: every token meets all `tokens`.
     assert counter.get_total_flops() == tokens * flops_per_token(dimensions, context_tokens=tokens)
+
+
+BLOCKS: list[dict[str, Any]] = [
+    {"kind": "deep", "experts": 2, "width": 32},
+    {"kind": "vocabulary", "width": 24},
+    {"kind": "spatial", "width": 16},
+]
+
+
+def test_blocks_cost_the_flops_that_torch_counts_and_no_cache() -> None:
+    # Every expert sees every token, so that with and without blocks the FFN experts do the same.
+    values = TINY | {"layers": 3, "ffn_width": 48, "dense_layers": [1]}
+    with_blocks = ModelDimensions.model_validate(
+        values | {"moe": TINY_MOE | {"experts": 8, "top_k": 8, "blocks": BLOCKS}}
+    )
+    without = ModelDimensions.model_validate(values | {"moe": TINY_MOE | {"top_k": 4}})
+    model, tokens, cache = (
+        ZenModeForCausalLM(ZenModeConfig.from_mode(MoDEConfig.from_dimensions(with_blocks))),
+        8,
+        DynamicCache(),
+    )
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens)[None], past_key_values=cache)  # this attention computes the whole square
+    counted = sum(
+        sum(flops.values())
+        for module, flops in counter.get_flop_counts().items()
+        if re.search(r"\.mlp\.blocks\.\d+$", module)
+    )
+    routers = 2 * 2 * 32 * (8 - 4)  # two sparse layers, four rows more
+    more = flops_per_token(with_blocks, tokens) - flops_per_token(without, tokens) - routers
+    assert counted == tokens * more > 0
+    kept_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert kept_bytes == tokens * kv_cache_bytes_per_token(with_blocks, bytes_per_value=4)
 
 
 @pytest.mark.parametrize(("values", "kind"), TINY_MODELS, ids=[kind.__name__ for _, kind in TINY_MODELS])

@@ -25,7 +25,7 @@ from zenray.catalog.training_memory import (
     step_memory,
 )
 from zenray.model import experts
-from zenray.model.config import MoDEConfig, RouterConfig, uniform_experts
+from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig, uniform_experts
 from zenray.model.grouped import swiglu_by_kernel
 from zenray.model.network import MoDE
 from zenray.spec.training import DistillJob, PretrainJob, TrainingJob
@@ -57,6 +57,15 @@ MIXTURE = MoDEConfig(
     tie_word_embeddings=True,
 )
 
+BLOCKS = replace(
+    MIXTURE,
+    expert_groups=(
+        *uniform_experts(8, 192),
+        ExpertGroup("reason", 2, 128, "deep"),
+        ExpertGroup("language", 1, 64, "vocabulary"),
+        ExpertGroup("vision", 1, 64, "spatial"),
+    ),
+)
 DENSE = replace(
     MIXTURE, sparse_layers=(), expert_groups=(), shared_expert_width=0, shared_expert_gate=False, attention_bias=True
 )
@@ -129,7 +138,9 @@ def nbytes(tensors: list[torch.Tensor]) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-@pytest.mark.parametrize("config", [BASE, DIVERSE, MIXTURE, DENSE], ids=["equal", "diverse", "shared", "dense"])
+@pytest.mark.parametrize(
+    "config", [BASE, DIVERSE, MIXTURE, BLOCKS, DENSE], ids=["equal", "diverse", "shared", "blocks", "dense"]
+)
 def test_the_weights_are_the_networks(config: MoDEConfig) -> None:
     counted = sorted(weight.shape for weight in stage_weights(config.dimensions(), every_layer(config)))
     assert counted == sorted(tuple(parameter.shape) for parameter in MoDE(config).parameters())
@@ -213,7 +224,7 @@ def test_what_the_fullest_worker_of_every_stage_holds_is_exact(
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["loop", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
+@pytest.mark.parametrize("config", [DENSE, MIXTURE, BLOCKS], ids=["dense", "mixture", "blocks"])
 def test_activations_are_what_autograd_keeps(
     config: MoDEConfig, dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

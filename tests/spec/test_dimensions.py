@@ -19,6 +19,7 @@ DENSE: dict[str, Any] = {
     "ffn_width": 1536,
 }
 MOE: dict[str, Any] = {"experts": 8, "top_k": 2, "expert_width": 64}
+DEEP: dict[str, Any] = {"kind": "deep", "experts": 2, "width": 384}
 
 
 def test_a_dense_model_has_no_sparse_layer() -> None:
@@ -38,6 +39,9 @@ def test_widths_of_experts() -> None:
     assert MoeDimensions.model_validate(MOE).widths == (64,) * 8
     widths = MoeDimensions.model_validate({"experts": 3, "top_k": 1, "expert_widths": [8, 16, 8]}).widths
     assert widths == (8, 16, 8)
+    moe = MoeDimensions.model_validate(MOE | {"blocks": [DEEP, {"kind": "vocabulary", "width": 6}]})
+    assert moe.widths == (64,) * 5
+    assert (moe.width_of_blocks("deep", "spatial"), moe.width_of_blocks("vocabulary")) == (768, 6)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,15 @@ def test_widths_of_experts() -> None:
         ({"moe": {"experts": 8, "top_k": 2, "expert_widths": [1]}, "ffn_width": 0}, "1 expert_widths for 8 experts"),
         ({"moe": {"experts": 2, "top_k": 2, "expert_widths": [1, 0]}, "ffn_width": 0}, "must be at least 1, got 0"),
         ({"moe": MOE | {"shared_gate": True}, "ffn_width": 0}, "shared_gate needs a shared expert"),
+        ({"moe": MOE | {"blocks": [DEEP | {"experts": 8}]}, "ffn_width": 0}, "8 of 8 experts are blocks"),
+        (
+            {"moe": {"experts": 3, "top_k": 2, "expert_widths": [1] * 3, "blocks": [DEEP]}, "ffn_width": 0},
+            "3 expert_widths for 3 experts, 2 of them blocks",
+        ),
+        (
+            {"moe": MOE | {"blocks": [DEEP | {"width": 64}]}, "ffn_width": 0},
+            "deep blocks' width 64 is not a multiple of kv_heads × head_dim, 192",
+        ),
         ({"layers": 0}, "greater than or equal to 1"),
         ({"experts": 8}, "Extra inputs"),
     ],

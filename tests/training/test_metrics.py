@@ -16,6 +16,7 @@ import torch
 from tests.training.tiny import CONFIG, job
 from zenray.catalog.accounting import flops_per_token
 from zenray.model.balance import RouterStats
+from zenray.model.config import ExpertGroup
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import PretrainJob
@@ -89,6 +90,15 @@ def test_utilisation_is_of_the_hardwares_peak_over_all_workers(monkeypatch: pyte
         "three forward passes, and the teacher's"
     )
     assert told[0]["memory_bytes"] == 7 and told[0]["communication_share"] is None
+
+
+def test_utilisation_counts_experts_of_other_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "peak_flops", lambda: 1e9)
+    groups = (*CONFIG.expert_groups, ExpertGroup("reason", 1, 2 * CONFIG.head_dim * CONFIG.num_key_value_heads, "deep"))
+    with_block = replace(CONFIG, expert_groups=groups)
+    told: list[dict[str, Any]] = []
+    StepMeasures(told.append, with_block, context_tokens=16)(dict(STEP))
+    assert told[0]["mfu"] == pytest.approx(3 * flops_per_token(with_block.dimensions(), 16) * 100.0 / 1e9)
 
 
 def test_tokens_without_a_place_are_counted_over_layers_and_passes() -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from zenray.spec.dimensions import ModelDimensions
+from zenray.spec.dimensions import ModelDimensions, MoeDimensions
 from zenray.spec.errors import InvalidValue, suggest
 
 _FFN_MODULES = ("gate_proj", "up_proj", "down_proj")
@@ -27,8 +27,9 @@ class ParameterCount:
     dense_ffn: int
     router: int
     shared_experts: int  # with their gates
-    routed_experts: int
+    routed_experts: int  # the FFNs behind the router
     routed_active: int
+    blocks: int  # the experts behind it that are no FFN
     norms: int
 
     @property
@@ -42,12 +43,16 @@ class ParameterCount:
             + self.router
             + self.shared_experts
             + self.routed_experts
+            + self.blocks
             + self.norms
         )
 
     @property
     def active(self) -> int:
-        """Parameters that take part in one token: all but the experts that it is not sent to."""
+        """Parameters that take part in one token: all but the FFNs that it is not sent to.
+
+        Blocks count whole: they are computed for every token, and only their output is gated.
+        """
         return self.total - self.routed_experts + self.routed_active
 
 
@@ -69,7 +74,16 @@ def count_parameters(dimensions: ModelDimensions) -> ParameterCount:
     )
 
 
-_LAYER_PARTS = ("attention", "biases", "dense_ffn", "router", "shared_experts", "routed_experts", "routed_active")
+_LAYER_PARTS = (
+    "attention",
+    "biases",
+    "dense_ffn",
+    "router",
+    "shared_experts",
+    "routed_experts",
+    "routed_active",
+    "blocks",
+)
 
 
 def count_layer(dimensions: ModelDimensions, *, sparse: bool) -> ParameterCount:
@@ -89,22 +103,35 @@ def count_layer(dimensions: ModelDimensions, *, sparse: bool) -> ParameterCount:
         shared_experts=3 * hidden * moe.shared_width + (hidden if moe.shared_gate else 0) if moe else 0,
         routed_experts=3 * hidden * sum(moe.widths) if moe else 0,
         routed_active=round(3 * hidden * sum(moe.widths) * moe.top_k / moe.experts) if moe else 0,
+        blocks=2 * hidden * _block_queries(moe) + (dimensions.vocab_size + hidden) * _block_embeddings(moe),
         norms=2 * hidden + (2 * dimensions.head_dim if dimensions.qk_norm else 0),
     )
+
+
+def _block_queries(moe: MoeDimensions | None) -> int:
+    """Width of the queries of all blocks of a layer that attend; each block's output is as wide."""
+    return moe.width_of_blocks("deep", "spatial") if moe else 0
+
+
+def _block_embeddings(moe: MoeDimensions | None) -> int:
+    return moe.width_of_blocks("vocabulary") if moe else 0
 
 
 def flops_per_token(dimensions: ModelDimensions, context_tokens: int = 0) -> int:
     """Forward FLOPs of one token that attends to `context_tokens` tokens (itself included); training costs 3 ×.
 
-    A multiply and an add are two. Counted are matrix products: 2 × the weights that the token meets (the head, not the
-    look-up in the embedding), and scores and values of attention, 4 × q_width × tokens in each layer. Norms,
-    activations, softmax and RoPE are left out, as is usual.
+    A multiply and an add are two. Counted are matrix products: 2 × the weights that the token meets (the head, not a
+    look-up in an embedding), and scores and values of attention, 4 × the width of the queries × tokens in each layer,
+    a spatial block's masked ones too. Norms, activations, softmax and RoPE are left out, as is usual.
     """
-    count = count_parameters(dimensions)
+    count, sparse = count_parameters(dimensions), dimensions.sparse_layers
     head = dimensions.vocab_size * dimensions.hidden_size
-    weights = count.active - count.embedding - count.head - count.norms - count.biases + head
-    attended = sum(_attended_tokens(dimensions, context_tokens))
-    return 2 * weights + 4 * dimensions.q_width * attended
+    look_ups = count.embedding + dimensions.vocab_size * _block_embeddings(dimensions.moe) * len(sparse)
+    weights = count.active - look_ups - count.head - count.norms - count.biases + head
+    attended = _attended_tokens(dimensions, context_tokens)
+    queries = dimensions.q_width * sum(attended)
+    queries += _block_queries(dimensions.moe) * sum(attended[layer] for layer in sparse)
+    return 2 * weights + 4 * queries
 
 
 def kv_cache_bytes_per_token(dimensions: ModelDimensions, bytes_per_value: float = 2) -> int:

@@ -67,7 +67,7 @@ def _shape(entry: ModelEntry, dimensions: ModelDimensions) -> Iterator[Compariso
         "heads": dimensions.heads,
         "kv_heads": dimensions.kv_heads,
         "ffn_width": dimensions.ffn_width,
-        "expert_width": sum(moe.widths) / moe.experts if moe else None,
+        "expert_width": sum(moe.widths) / len(moe.widths) if moe else None,
         "shared_width": moe.shared_width if moe else None,
         "vocab_size": dimensions.vocab_size,
     }

@@ -1,8 +1,8 @@
 """Widths that give a network its claimed totals, or the sum that shows that no widths can.
 
 With T parameters in all and A active in a token, top-k of E equal experts: routed parameters X and the rest S satisfy
-X + S = T and X·k/E + S = A, so X = (T − A) / (1 − k/E). S holds attention, embeddings, router, dense layers and the
-shared expert.
+X + S = T and X·k/E + S = A, so X = (T − A) / (1 − k/E). S holds attention, embeddings, router, dense layers, the
+shared expert, and the experts that are no FFN: every token pays for those (`accounting`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ TOLERANCE = 0.02
 def fit_widths(dimensions: ModelDimensions, total: int, active: int, *, multiple: int = 64) -> ModelDimensions:
     """`dimensions` with the FFN width (dense), or expert and shared widths (mixture), that come nearest.
 
-    Widths are multiples of `multiple`. All experts get one width; everything else is kept. InvalidValue, with the sum,
-    when total and active cannot both be met within 2 %.
+    Widths are multiples of `multiple`. All FFN experts get one width; everything else, blocks too, is kept.
+    InvalidValue, with the sum, when total and active cannot both be met within 2 %.
     """
     if dimensions.moe is None:
         fitted = _fit_dense(dimensions, total, multiple)
@@ -45,8 +45,8 @@ def _fit_mixture(
         raise InvalidValue(f"All {moe.experts} experts see every token, so {total:,} parameters cannot be {active:,}.")
     per_width = len(dimensions.sparse_layers) * 3 * dimensions.hidden_size
     routed = (total - active) / (1 - share)
-    width = max(multiple, _nearest(routed / (per_width * moe.experts), multiple))
-    bare = MoeDimensions(experts=moe.experts, top_k=moe.top_k, expert_width=width)
+    width = max(multiple, _nearest(routed / (per_width * len(moe.widths)), multiple))
+    bare = MoeDimensions(experts=moe.experts, top_k=moe.top_k, expert_width=width, blocks=moe.blocks)
     left = active - count_parameters(_with(dimensions, moe=bare)).active
     shared = max(0, _nearest(left / per_width, multiple))
     gate = moe.shared_gate and shared > 0

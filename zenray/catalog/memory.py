@@ -171,7 +171,7 @@ def _stage_weights(dimensions: ModelDimensions, layout: Layout, in_stage: range)
         weights += (q_width + 2 * kv_width if dimensions.qkv_bias else 0) + (hidden if dimensions.o_bias else 0)
         gates = hidden if dimensions.moe and layer in sparse and dimensions.moe.shared_gate else 0
         weights += gates + (count.dense_ffn + count.shared_experts - gates) // ranks
-        weights += count.routed_experts // layout.expert_ranks
+        weights += count.routed_experts // layout.expert_ranks + count.blocks // ranks
     vocabulary = dimensions.vocab_size * hidden // ranks
     first, last = in_stage.start == 0, in_stage.stop == dimensions.layers
     if first:
@@ -196,7 +196,7 @@ def _widths_in_words(dimensions: ModelDimensions) -> str:
     parts = [f"FFN width {dimensions.ffn_width}"] if dimensions.ffn_width else []
     if dimensions.moe:
         widths = sorted(set(dimensions.moe.widths))
-        parts.append(f"{dimensions.moe.experts} experts of width {' and '.join(map(str, widths))}")
+        parts.append(f"{len(dimensions.moe.widths)} experts of width {' and '.join(map(str, widths))}")
         if dimensions.moe.shared_width:
             parts.append(f"a shared expert of width {dimensions.moe.shared_width}")
     return ", ".join(parts)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Literal
 
-from zenray.spec.dimensions import ModelDimensions
+from zenray.spec.dimensions import ModelDimensions, MoeDimensions
 from zenray.spec.parallelism import Axes
 
 Part = Literal["dense", "routers", "experts"]
@@ -139,6 +139,9 @@ def layer_weights(dimensions: ModelDimensions, layer: int) -> Iterator[Weight]:
         experts = len(list(run))
         yield Weight("experts", (experts, 2 * width, D))
         yield Weight("experts", (experts, D, width))
+    for block in moe.blocks:
+        first = (dimensions.vocab_size, block.width) if block.kind == "vocabulary" else (block.width, D)
+        yield from (Weight("dense", shape) for shape in (first, (D, block.width)) * block.experts)
     if moe.shared_width:
         yield from _swiglu(D, moe.shared_width)
         if moe.shared_gate:
@@ -265,11 +268,20 @@ def layer_activations(dimensions: ModelDimensions, layer: int, settings: Setting
     if moe is None or layer in dimensions.dense_layers:
         return settings.tokens * (token + 4 * b * dimensions.ffn_width)
     token += (4 * D if settings.half else 0) + 3 * 4 * moe.experts  # the router's input and scores
-    mean_width = sum(moe.widths) / moe.experts
+    rows, mean_width = _rows(moe)
     per_row = b * (D + (5 if settings.gpu else 2) * mean_width) + 8 * 4
-    token += math.ceil(moe.top_k * per_row)
+    token += math.ceil(rows * per_row)
+    for block in moe.blocks:  # computed for all tokens; its input is the feed-forward part's
+        kept = b * (3 * block.width + _seen(settings) * (block.kind == "spatial"))  # as above; a mask of its own
+        kept += 4 * block.width // dimensions.head_dim
+        token += block.experts * (b * D + (b * block.width if block.kind == "vocabulary" else kept))
     token += 4 * b * moe.shared_width + (b * D if moe.shared_gate else 0)
     return settings.tokens * token
+
+
+def _rows(moe: MoeDimensions) -> tuple[float, float]:
+    """Rows of FFN experts for each token, and their mean width."""
+    return moe.top_k * len(moe.widths) / moe.experts, sum(moe.widths) / len(moe.widths)
 
 
 def _kept_products(dimensions: ModelDimensions, layer: int, settings: Settings) -> int:
@@ -279,8 +291,11 @@ def _kept_products(dimensions: ModelDimensions, layer: int, settings: Settings) 
     moe = dimensions.moe
     if moe is None or layer in dimensions.dense_layers:
         return settings.tokens * (token + b * (2 * dimensions.ffn_width + D))
-    mean_width = sum(moe.widths) / moe.experts
-    token += 4 * moe.experts + math.ceil(moe.top_k * b * (2 * mean_width + 2 * D))
+    rows, mean_width = _rows(moe)
+    token += 4 * moe.experts + math.ceil(rows * b * (2 * mean_width + 2 * D))
+    for block in moe.blocks:
+        kept = 0 if block.kind == "vocabulary" else 2 * b * block.width + 4 * block.width // dimensions.head_dim
+        token += block.experts * (b * D + kept)
     token += b * (2 * moe.shared_width + D) if moe.shared_width else 0
     return settings.tokens * token
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from typing import Any, Literal, get_args
 
-from zenray.spec.dimensions import ModelDimensions, MoeDimensions
+from zenray.spec.dimensions import BlockDimensions, ModelDimensions, MoeDimensions
 from zenray.spec.errors import InvalidValue, suggest
 
 RopeType = Literal["default", "linear", "yarn", "llama3"]
@@ -231,12 +231,7 @@ class MoDEConfig:
         raise InvalidValue(f"There is no expert group {name!r}.", hint=hint, param="expert_groups")
 
     def dimensions(self) -> ModelDimensions:
-        """The shape as plain numbers, for the catalog's arithmetic. InvalidValue with experts of other kinds."""
-        _require(
-            not self.num_blocks,
-            f"{self.num_blocks} of {self.num_experts} experts are not feed-forward: the catalog does not count those.",
-            param="expert_groups",
-        )
+        """The shape as plain numbers, for the catalog's arithmetic."""
         dense = [layer for layer in range(self.num_hidden_layers) if layer not in self.sparse_layers]
         moe = None
         if self.sparse_layers:
@@ -246,6 +241,11 @@ class MoDEConfig:
                 top_k=self.router.experts_per_token,
                 expert_width=widths[0] if len(set(widths)) == 1 else None,
                 expert_widths=widths if len(set(widths)) > 1 else None,
+                blocks=tuple(
+                    BlockDimensions(kind=group.kind, experts=group.num_experts, width=group.width)
+                    for group in self.expert_groups
+                    if group.kind != "feed_forward"
+                ),
                 shared_width=self.shared_expert_width,
                 shared_gate=self.shared_expert_gate,
             )
@@ -271,7 +271,8 @@ class MoDEConfig:
         """The network of a shape, such as a catalog entry's: the inverse of `dimensions`.
 
         What a shape does not say (positions, routing rules, norms) has its default; use `dataclasses.replace`. Each run
-        of equal expert widths becomes a group. InvalidValue for an output projection with a bias.
+        of equal expert widths becomes a group, and so does each of `blocks`. InvalidValue for an output projection with
+        a bias.
         """
         _require(
             not dimensions.o_bias,
@@ -279,7 +280,10 @@ class MoDEConfig:
             param="o_bias",
         )
         moe = dimensions.moe
-        groups = [(width, len(list(run))) for width, run in groupby(moe.widths if moe else ())]
+        groups: list[tuple[int, int, BlockKind]] = [
+            (len(list(run)), width, "feed_forward") for width, run in groupby(moe.widths if moe else ())
+        ]
+        groups += [(block.experts, block.width, block.kind) for block in (moe.blocks if moe else ())]
         return cls(
             vocab_size=dimensions.vocab_size,
             hidden_size=dimensions.hidden_size,
@@ -290,8 +294,8 @@ class MoDEConfig:
             head_dim=dimensions.head_dim,
             sparse_layers=dimensions.sparse_layers,
             expert_groups=tuple(
-                ExpertGroup("general" if len(groups) == 1 else f"group-{index}", count, width)
-                for index, (width, count) in enumerate(groups)
+                ExpertGroup("general" if len(groups) == 1 else f"group-{index}", *group)
+                for index, group in enumerate(groups)
             ),
             router=RouterConfig(experts_per_token=moe.top_k) if moe else RouterConfig(),
             shared_expert_width=moe.shared_width if moe else 0,

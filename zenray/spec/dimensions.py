@@ -6,18 +6,33 @@ the shape of weights stands here: context length, RoPE and routing rules belong 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from zenray.spec.documents import Document
 
 
-class MoeDimensions(Document):
-    """The sparse FFN of a layer: a router over `experts` SwiGLU experts, `top_k` of which see a token."""
+class BlockDimensions(Document):
+    """Experts that are no FFN (ZIP-0414): `deep` and `spatial` ones attend once more, over the layer's own keys and
+    values; a `vocabulary` one is a second embedding of the token, brought to the hidden size."""
 
-    experts: int = Field(ge=1)
+    kind: Literal["deep", "vocabulary", "spatial"]
+    experts: int = Field(1, ge=1, description="How many of the kind, all of one width.")
+    width: int = Field(ge=1, description="Of the queries (deep, spatial), of the embedding (vocabulary).")
+
+
+class MoeDimensions(Document):
+    """The sparse part of a layer: a router over `experts`, `top_k` of which a token is sent to.
+
+    They are SwiGLU networks, but for those in `blocks`, which come last in the router's order.
+    """
+
+    experts: int = Field(ge=1, description="Of all kinds.")
     top_k: int = Field(ge=1)
-    expert_width: int | None = Field(None, ge=1, description="Intermediate width of every expert.")
+    expert_width: int | None = Field(None, ge=1, description="Intermediate width of every SwiGLU expert.")
     expert_widths: tuple[int, ...] | None = Field(None, description="Instead of `expert_width`: one width an expert.")
+    blocks: tuple[BlockDimensions, ...] = Field((), description="Those of the experts that are no FFN.")
     shared_width: int = Field(0, ge=0, description="Width of the expert that every token passes; 0: there is none.")
     shared_gate: bool = Field(
         False, description="A sigmoid gate on the shared expert (Qwen2-MoE): hidden_size weights."
@@ -29,9 +44,13 @@ class MoeDimensions(Document):
             raise ValueError(f"top_k {self.top_k} is above experts {self.experts}")
         if (self.expert_width is None) == (self.expert_widths is None):
             raise ValueError("give either expert_width or expert_widths, and not both")
+        blocks = sum(block.experts for block in self.blocks)
+        if blocks >= self.experts:
+            raise ValueError(f"{blocks} of {self.experts} experts are blocks: at least one must be an FFN")
         if self.expert_widths is not None:
-            if len(self.expert_widths) != self.experts:
-                raise ValueError(f"{len(self.expert_widths)} expert_widths for {self.experts} experts")
+            if len(self.expert_widths) != self.experts - blocks:
+                of = f"{self.experts} experts, {blocks} of them blocks" if blocks else f"{self.experts} experts"
+                raise ValueError(f"{len(self.expert_widths)} expert_widths for {of}")
             if min(self.expert_widths) < 1:
                 raise ValueError(f"expert_widths must be at least 1, got {min(self.expert_widths)}")
         if self.shared_gate and not self.shared_width:
@@ -40,11 +59,15 @@ class MoeDimensions(Document):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The intermediate width of each expert, in order."""
+        """The intermediate width of each SwiGLU expert, in order."""
         if self.expert_widths is not None:
             return self.expert_widths
         assert self.expert_width is not None  # the validator above
-        return (self.expert_width,) * self.experts
+        return (self.expert_width,) * (self.experts - sum(block.experts for block in self.blocks))
+
+    def width_of_blocks(self, *kinds: str) -> int:
+        """The widths of all blocks of some kinds, added up."""
+        return sum(block.experts * block.width for block in self.blocks if block.kind in kinds)
 
 
 class ModelDimensions(Document):
@@ -79,6 +102,12 @@ class ModelDimensions(Document):
                 raise ValueError(f"{name} {chosen[0]}…{chosen[-1]} is outside 0…{self.layers - 1}")
         if self.moe is None and self.dense_layers:
             raise ValueError("dense_layers is only for a model with moe: without it every layer is dense")
+        for block in self.moe.blocks if self.moe else ():
+            if block.kind != "vocabulary" and block.width % self.kv_width:
+                raise ValueError(
+                    f"the {block.kind} blocks' width {block.width} is not a multiple of kv_heads × head_dim, "
+                    f"{self.kv_width}: their queries share the layer's keys"
+                )
         if bool(self.local_layers) != (self.local_window_tokens is not None):
             raise ValueError("local_layers and local_window_tokens come together")
         has_dense_layer = len(self.sparse_layers) < self.layers

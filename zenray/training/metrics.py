@@ -76,7 +76,7 @@ class StepMeasures:
         self._tell = tell
         peak = peak_flops()
         self._share_of_token: float | None = None  # of a second of all workers' arithmetic
-        if peak is not None and not any(one.num_blocks for one in (config, *teachers)):  # whose work nobody counts
+        if peak is not None:
             flops = _BACKWARD * flops_per_token(config.dimensions(), context_tokens)
             flops += sum(flops_per_token(teacher.dimensions(), context_tokens) for teacher in teachers)
             self._share_of_token = flops / (peak * world)
