@@ -51,6 +51,14 @@ DIVERSE = replace(
     shared_expert_gate=True,
     tie_word_embeddings=True,
 )
+DOMAIN_BLOCKS = replace(
+    BASE,
+    expert_groups=(
+        ExpertGroup("general", 3, 16),
+        ExpertGroup("reason", 2, 16, "deep"),
+        ExpertGroup("language", 1, 6, "vocabulary"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ CASES = {
     "diverse experts with a teacher": Case(DIVERSE, UNCLIPPED, has_teacher=True),
     "clipped": Case(BASE, CLIPPED),
     "clipped diverse": Case(DIVERSE, CLIPPED),
+    "domain blocks": Case(DOMAIN_BLOCKS, CLIPPED),
     "one group learns": Case(BASE, ADAMW, train=("experts/code", "routers"), optimizer="adamw"),
     "adamw": Case(BASE, ADAMW, optimizer="adamw"),
     "selective recomputation": Case(DIVERSE, CLIPPED, recompute="selective"),
@@ -96,7 +105,7 @@ def cases_of(world: int, layout: Layout) -> list[str]:
         return list(CASES)
     if (world, layout) in {(4, (2, False)), (4, (2, True))}:
         return [name for name, case in CASES.items() if case.recompute == "full"]
-    return ["empty experts", "clipped diverse", "one group learns"]
+    return ["empty experts", "clipped diverse", "domain blocks", "one group learns"]
 
 
 @dataclass

@@ -5,14 +5,16 @@ B batch, S sequence, T tokens, D hidden.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zenray.model.balance import RouterStats
-from zenray.model.blocks import BlockContext, make_blocks, split_off_blocks
+from zenray.model.blocks import BLOCKS, BlockContext, make_blocks, split_off_blocks
 from zenray.model.config import MoDEConfig
-from zenray.model.experts import make_experts
+from zenray.model.experts import ExpertBank, make_experts
 from zenray.model.linear import Linear
 from zenray.model.router import ExpertChoiceRouter, Router, TokenChoiceRouter
 
@@ -61,3 +63,27 @@ class MixtureOfExperts(nn.Module):
                 share = share + assignment.lost_T.to(x_TD.dtype)[:, None]
             y_TD = y_TD + share * self.shared_expert(x_TD)
         return y_TD.view_as(x_BSD), stats
+
+
+class ExpertModule(NamedTuple):
+    """A bank of experts, or a domain block, which is one."""
+
+    module: nn.Module
+    numbers: range  # of its experts, in the layer's router; of the whole bank, where workers share it
+    is_block: bool
+
+
+def expert_modules(model: nn.Module) -> dict[str, ExpertModule]:
+    """Every bank and block of a network, by name, in the routers' order: the feed-forward experts, then the blocks."""
+    found = {}
+    for layer_name, layer in model.named_modules():
+        if not isinstance(layer, MixtureOfExperts):
+            continue
+        first = 0
+        for name, part in layer.named_modules(prefix=layer_name):
+            is_block = isinstance(part, tuple(BLOCKS.values()))
+            if is_block or isinstance(part, ExpertBank):
+                last = first + (part.whole_experts if isinstance(part, ExpertBank) else 1)
+                found[name] = ExpertModule(part, range(first, last), is_block)
+                first = last
+    return found

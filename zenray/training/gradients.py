@@ -1,8 +1,9 @@
 """From the gradients of single passes to the one gradient of a step, the same on every layout of workers.
 
 Each worker's loss is its part of a sum over the whole batch, so gradients are added up, never averaged: a dense
-parameter's over all workers, an expert's over those that hold it, because within a group every token's contribution
-has already reached it. There is no factor to get wrong. Where weights are sharded, FSDP has added up the same way.
+parameter's over all workers, and so a domain block's, which all of them hold; another expert's over those that hold it,
+because within a group every token's contribution has already reached it. There is no factor to get wrong. Where weights
+are sharded, FSDP has added up the same way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from zenray.model.gradients import ExpertGradient, clip_expert_gradients, expert_squares
 from zenray.training.mesh import Mesh, sum_of
 from zenray.training.trainable import Kind, Trainable
 
@@ -29,7 +31,7 @@ class GradientNorms:
 
     total: float
     by_kind: dict[str, float]
-    by_expert: dict[str, list[float]] = field(default_factory=dict)  # bank: one for each expert, before its clip
+    by_expert: dict[str, list[float]] = field(default_factory=dict)  # bank or block: each expert's, before its clip
 
     @property
     def is_finite(self) -> bool:
@@ -50,7 +52,7 @@ def reduce_gradients(trainables: Sequence[Trainable], mesh: Mesh) -> None:
     if mesh.of_stage > 1 and not mesh.fully_sharded:
         groups: dict[bool, list[Tensor]] = defaultdict(list)
         for one in trainables:
-            groups[one.kind == "expert"].append(one.gradient)
+            groups[one.bank is not None].append(one.gradient)
         _all_reduce(groups[False], mesh.stage_group)
         if mesh.of_stage > mesh.expert_size:
             _all_reduce(groups[True], mesh.replica_group)
@@ -90,26 +92,18 @@ def clip_gradients(
 ) -> GradientNorms:
     """Clip each expert's gradient (zen-mode blog), then all of it together, in place. Collective; after reduction.
 
-    An expert's gradient is that of its gate, up and down matrices in one layer. `by_expert` has this stage's.
+    `by_expert` has this stage's.
     """
-    squares, by_kind = _squares(trainables, mesh)
-    scales = {}
-    for bank, square_E in squares.items():
-        scales[bank] = torch.ones_like(square_E)
-        if expert_clip_norm is not None:
-            scales[bank] = (expert_clip_norm / (square_E.sqrt() + 1e-6)).clamp(max=1.0)
-    by_kind["expert"] = sum_of([(squares[bank] * scales[bank].square()).sum() for bank in squares])
+    experts = [found for one in trainables if (found := _of_experts(one)) is not None]
+    squares, by_kind = _squares(trainables, experts, mesh)
+    clipped = squares if expert_clip_norm is None else clip_expert_gradients(experts, squares, expert_clip_norm)
+    by_kind["expert"] = sum_of([square_E.sum() for square_E in clipped.values()])
     squared = mesh.add_up_stages(torch.stack([square.to(mesh.device) for square in by_kind.values()]))
     by_kind = dict(zip(by_kind, squared, strict=True))
     total = float(squared.sum().sqrt())
-    whole = min(1.0, clip_norm / (total + 1e-6))
-    for one in trainables:
-        if one.bank is not None:
-            if whole < 1 or expert_clip_norm is not None:
-                mine_F = scales[one.bank.layer][one.bank.mine] * whole
-                one.gradient.mul_(mine_F.to(one.gradient.dtype)[:, None, None])
-        elif whole < 1:
-            one.gradient.mul_(whole)
+    if total > clip_norm:
+        for one in trainables:
+            one.gradient.mul_(clip_norm / total)
     return GradientNorms(
         total,
         {kind: float(square.sqrt()) for kind, square in by_kind.items()},
@@ -117,32 +111,35 @@ def clip_gradients(
     )
 
 
-def _squares(trainables: Sequence[Trainable], mesh: Mesh) -> tuple[dict[str, Tensor], dict[Kind, Tensor]]:
-    """‖g‖² of every expert of every bank of this stage, and of its dense parameters and routers; double, the same on
-    all workers of the stage. What is on both ends of a pipeline counts on the first stage.
+def _of_experts(one: Trainable) -> ExpertGradient | None:
+    if one.bank is not None:
+        return ExpertGradient(one.bank.name, one.bank.count, one.bank.mine, one.gradient)
+    return None if one.block is None else ExpertGradient(one.block, 1, slice(0, 1), one.gradient[None])
 
-    An expert's is the sum over those that hold parts of it. A sum with zeros is exact, so the layout does not show.
+
+def _squares(
+    trainables: Sequence[Trainable], experts: Sequence[ExpertGradient], mesh: Mesh
+) -> tuple[dict[str, Tensor], dict[Kind, Tensor]]:
+    """‖g‖² of every expert of this stage, by bank and block, and of its dense parameters and routers; double, the same
+    on all workers of the stage. What is on both ends of a pipeline counts on the first stage.
+
+    Of what workers hold parts of, it is the sum over them. A sum with zeros is exact, so the layout does not show.
     """
-    squares: dict[str, Tensor] = {}
-    for one in trainables:
-        if one.bank is not None:
-            empty = torch.zeros(one.bank.count, dtype=torch.double, device=one.gradient.device)
-            square_E = squares.setdefault(one.bank.layer, empty)
-            square_E[one.bank.mine] += _square(one.gradient.flatten(1), dim=1)
+    squares = expert_squares(experts)
     kinds: tuple[Kind, ...] = ("dense", "router")
     counted = [one for one in trainables if not (one.is_on_both_ends and mesh.is_last_stage)]
     by_kind = {
         kind: sum_of([_square(one.gradient) for one in counted if one.kind == kind]).to(mesh.device) for kind in kinds
     }
-    held_once = squares | (by_kind if mesh.fully_sharded else {})
-    if held_once:
-        parts = mesh.add_up_parts(torch.cat([square.flatten() for square in held_once.values()]))
-        for square, summed in zip(
-            held_once.values(), parts.split([one.numel() for one in held_once.values()]), strict=True
-        ):
+    blocks = {one.block for one in trainables}
+    cut = [square_E for bank, square_E in squares.items() if mesh.fully_sharded or bank not in blocks]
+    cut += by_kind.values() if mesh.fully_sharded else []
+    if cut:
+        parts = mesh.add_up_parts(torch.cat([square.flatten() for square in cut]))
+        for square, summed in zip(cut, parts.split([one.numel() for one in cut]), strict=True):
             square.copy_(summed.view_as(square))
     return squares, by_kind
 
 
-def _square(gradient: Tensor, dim: int | None = None) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dim=dim).double().square()
+def _square(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient).double().square()

@@ -76,7 +76,7 @@ def _decode(model: MoDE, batch: Batch, x_BSD: Tensor | None = None) -> tuple[Ten
     config = model.config
     masks = Masks(batch.mask(), batch.mask(config.sliding_window) if config.local_layers else None)
     x_BSD = model.model.embed_tokens(batch.ids_BS) if x_BSD is None else x_BSD
-    found: tuple[Tensor, list[RouterStats]] = model.model(x_BSD, batch.positions_BS, masks)
+    found: tuple[Tensor, list[RouterStats]] = model.model(x_BSD, batch.positions_BS, masks, ids_BS=batch.ids_BS)
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from zenray.model.feed_forward import ExpertModule, expert_modules
 from zenray.model.network import MoDE
 from zenray.model.router import Router
 from zenray.spec.errors import InvalidValue, suggest
@@ -25,10 +26,9 @@ Kind = Literal["dense", "router", "expert"]
 
 @dataclass(frozen=True)
 class BankPlace:
-    """Where a bank's parameters lie: its experts in the network's layer, this rank's among them, and who may learn."""
+    """Where a bank's parameters lie: this rank's experts among the whole bank's, and who may learn."""
 
-    layer: str  # the bank's name
-    first: int  # in the layer, of the bank's first expert
+    name: str
     count: int  # experts of the whole bank
     mine: slice  # of them, those of this rank
     frozen: tuple[int, ...]  # local numbers of this rank's experts that keep their weights
@@ -44,6 +44,7 @@ class Trainable:
     parameter: nn.Parameter
     master: Tensor
     bank: BankPlace | None = None
+    block: str | None = None  # the domain block, an expert by itself, whose parameter it is; not shared out like a bank
     is_on_both_ends: bool = False  # of a pipeline, whose first and last stage use one weight
 
     @property
@@ -56,20 +57,19 @@ class Trainable:
         return self.master.grad
 
 
-def choose(model: MoDE, parts: Sequence[str], sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> None:
+def choose(model: MoDE, parts: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
     """Freeze, in place, all parameters that do not learn, and round them to the arithmetic's `dtype`.
 
-    `parts`: "dense", "routers", "experts", "experts/GROUP". `sizes`: of every whole bank. InvalidValue for
-    an unknown group, or when nothing is left.
+    `parts`: "dense", "routers", "experts", "experts/GROUP". A domain block is an expert. InvalidValue for an unknown
+    group, or when nothing is left.
     """
     learning = _learning_experts(model, parts)
-    ranges = _bank_ranges(model, sizes)
+    owners = _owners(model)
     routers = _router_names(model)
     found = False
     for name, parameter in model.named_parameters():
-        held = ranges.get(name.rpartition(".")[0])
-        if held is not None:
-            learns = any(expert in learning for expert in held)
+        if name in owners:
+            learns = any(expert in learning for expert in owners[name][1].numbers)
         else:
             learns = ("routers" if name in routers else "dense") in parts
         parameter.requires_grad_(learns)
@@ -80,26 +80,29 @@ def choose(model: MoDE, parts: Sequence[str], sizes: dict[str, int], dtype: torc
         raise InvalidValue(f"Nothing of this network is in {', '.join(parts)}: nothing would learn.", param="train")
 
 
-def trainables(
-    model: MoDE, mesh: Mesh, parts: Sequence[str], sizes: dict[str, int], dtype: torch.dtype = torch.float32
-) -> list[Trainable]:
+def trainables(model: MoDE, mesh: Mesh, parts: Sequence[str], dtype: torch.dtype = torch.float32) -> list[Trainable]:
     """The parameters that learn, in the network's order, once they lie as they will. In place, what is not sharded is
     rounded to the arithmetic's `dtype`; where FSDP gathers weights, it rounds them.
 
     A bank of which only some experts learn has `BankPlace.frozen`.
     """
     learning = _learning_experts(model, parts)
-    ranges = _bank_ranges(model, sizes)
+    owners = _owners(model)
     routers = _router_names(model)
     found = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            bank = name.rpartition(".")[0]
-            held = ranges.get(bank)
-            place = None if held is None else _place(bank, held, parameter, mesh, learning)
-            kind: Kind = "expert" if place else "router" if name in routers else "dense"
-            on_both = is_on_both_ends(name, model, mesh)
-            found.append(Trainable(name, kind, parameter, _master(parameter, dtype), place, on_both))
+        if not parameter.requires_grad:
+            continue
+        kind: Kind = "expert" if name in owners else "router" if name in routers else "dense"
+        one = Trainable(name, kind, parameter, _master(parameter, dtype))
+        one.is_on_both_ends = is_on_both_ends(name, model, mesh)
+        if name in owners:
+            owner, experts = owners[name]
+            if experts.is_block:
+                one.block = owner
+            else:
+                one.bank = _place(owner, experts.numbers, parameter, mesh, learning)
+        found.append(one)
     return found
 
 
@@ -124,16 +127,13 @@ def _router_names(model: MoDE) -> set[str]:
     return {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Router)}
 
 
-def _bank_ranges(model: MoDE, sizes: dict[str, int]) -> dict[str, range]:
-    """The experts of each bank, by their numbers in the layer."""
-    ranges: dict[str, range] = {}
-    before: dict[str, int] = {}  # experts of the layer's earlier banks
-    for name, _ in expert_banks(model):
-        layer = name.partition(".experts")[0]
-        first = before.get(layer, 0)
-        ranges[name] = range(first, first + sizes[name])
-        before[layer] = first + sizes[name]
-    return ranges
+def _owners(model: MoDE) -> dict[str, tuple[str, ExpertModule]]:
+    """The bank or block of every expert's parameter, by the parameter's name."""
+    return {
+        f"{owner}.{name}": (owner, experts)
+        for owner, experts in expert_modules(model).items()
+        for name, _ in experts.module.named_parameters()
+    }
 
 
 def _place(bank: str, held: range, parameter: nn.Parameter, mesh: Mesh, learning: set[int]) -> BankPlace:
@@ -142,7 +142,7 @@ def _place(bank: str, held: range, parameter: nn.Parameter, mesh: Mesh, learning
         part = chunk(mine.stop - mine.start, parameter.device_mesh.size(), parameter.device_mesh.get_local_rank())
         mine = slice(mine.start + part.start, mine.start + part.stop)
     frozen = [local for local, expert in enumerate(held[mine]) if expert not in learning]
-    return BankPlace(bank, held.start, len(held), mine, tuple(frozen))
+    return BankPlace(bank, len(held), mine, tuple(frozen))
 
 
 def _master(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:

@@ -91,14 +91,14 @@ class Trainer:
             model.config = replace(model.config, router=router)
         keep_stage(model, self.mesh)
         self.bank_sizes = bank_sizes(model)
-        choose(model, job.train, self.bank_sizes, dtype)
+        choose(model, job.train, dtype)
         parallelize(model, self.mesh)
         if job.workers.compiled:
             compile_layers(model, job.activation_checkpointing)
         recompute(model, job.activation_checkpointing)
         self.objective = self._place(model, dtype, self.bank_sizes, has_head=self.mesh.is_last_stage)
         self.pipeline = Pipeline(self.mesh, model.config.hidden_size, dtype) if self.mesh.stages > 1 else None
-        self.trainables = trainables(model, self.mesh, job.train, self.bank_sizes, dtype)
+        self.trainables = trainables(model, self.mesh, job.train, dtype)
         self.teachers = [(self._place_teacher(teacher, dtype), weight) for teacher, weight in teachers]
         self.optimizer = make_optimizer(self.trainables, job.optimisation)
 
