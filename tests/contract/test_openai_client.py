@@ -362,6 +362,30 @@ async def test_sleeping_model_is_woken_and_streams_are_kept_alive(tmp_path: Path
         await control.stop()
 
 
+@pytest.mark.parametrize("known", [RouteState.READY, RouteState.ASLEEP])
+async def test_without_control_a_model_that_fell_asleep_is_asked_through_serve_s_proxy(
+    tmp_path: Path, engine: Engine, known: RouteState
+) -> None:
+    """What the gateway knows is old: its replica is gone, or there is one whose address nobody can tell."""
+    control = FakeControl()
+    control.add_key(KEY)
+    gone = ["http://127.0.0.1:9"] if known is RouteState.READY else []
+    control.routes["tiny"] = route("tiny", gone, state=known, wake_url=engine.url)
+    await control.start()
+    control.publish()
+    gateway = await RunningGateway(tmp_path, control, wake_timeout_s=1).start()
+    try:
+        with pytest.raises(openai.InternalServerError):  # it has credit now, and a replica control would tell of
+            await gateway.client().chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
+        await control.stop()
+        await gateway.logged("snapshot_failed")
+        answer = await gateway.client().chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
+        assert answer.choices[0].message.content == " t0 t1"
+    finally:
+        await gateway.stop()
+        await control.stop()
+
+
 async def test_a_dead_replica_is_passed_over(tmp_path: Path, engine: Engine) -> None:
     control = FakeControl()
     control.add_key(KEY)

@@ -126,6 +126,7 @@ async def follow_snapshot(client: EdgeClient, directory: Directory) -> None:
             if reached:
                 log.warning("snapshot_failed", extra={"reason": _describe(error)})
             reached = False
+            directory.lose_touch()
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, _RETRY_MOST_S)
         else:

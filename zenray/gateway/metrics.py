@@ -56,17 +56,20 @@ class Metrics:
         self._choices = self._counter(
             "replica_choices",
             "Replicas chosen: known (has the prompt's beginning), moved (another has it, and is too busy), new "
-            "(none has it), short (too short a prompt to matter), only (there was no choice).",
+            "(none has it), short (too short a prompt to matter), only (there was no choice), proxy (Ray Serve's: none "
+            "of those that are known is left, and control is away).",
             "why",
         )
         self._failures = self._counter(
-            "replica_failures", "Replicas that did not answer: unreachable, lost, silent, busy.", "how"
+            "replica_failures",
+            "Replicas that did not answer, or not to the end: unreachable, lost, silent, busy.",
+            "how",
         )
         self._canary = self._counter(
             "canary_requests", "Requests that were drawn for a canary, by how they ended.", "revision", "outcome"
         )
         self._outstanding = self._gauge("outstanding", "Choices asked of a model's replicas and not answered.", _MODEL)
-        self._suspects = self._gauge("suspects", "Replicas that failed within the last seconds.")
+        self._suspects = self._gauge("suspects", "Replicas that failed lately: others are preferred.")
         self._open = self._gauge("open_streams", "Choices being answered now.")
         self._wal = self._gauge("wal_bytes", "Usage log on disk.")
         self._unshipped = self._gauge("unshipped_events", "Usage events that control has not taken.")

@@ -191,7 +191,8 @@ class Proxy:
             answer = await self._upstream.ask(asked.model, "/tokenize", body, reply.request_id)
             try:
                 raw = await answer.response.read()
-            except OSError:
+            except OSError as error:
+                answer.failed(asked.model, reply.request_id, error)
                 raise failures.died(started=False) from None
             finally:
                 answer.release()
@@ -226,15 +227,7 @@ class Proxy:
             else:
                 await self._pass_whole(asked, answer, bill, reply)
         except OSError as error:
-            log.warning(
-                "replica_lost",
-                extra={
-                    "request_id": reply.request_id,
-                    "model": asked.model,
-                    "replica_id": answer.replica_id,
-                    "reason": f"{type(error).__name__}: {error}",
-                },
-            )
+            answer.failed(asked.model, reply.request_id, error)
             raise failures.died(started=reply.streaming) from None
         finally:
             answer.release()

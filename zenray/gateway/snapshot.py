@@ -83,6 +83,7 @@ class Directory:
         self.keys: dict[str, Key] = {}
         self.orgs: dict[str, OrgEntry] = {}
         self.routes: dict[str, Route] = {}
+        self.in_touch = False  # with control: what it knows, we are told
         self._journal = journal
         self._clock = clock
         self._max_age_s = max_age_s
@@ -122,14 +123,16 @@ class Directory:
             self._updates += 1
             self._to_rewrite |= update.full or self._updates > 1000
             line = raw.replace(b"\n", b" ") + b"\n"
-        self._confirmed_at = self._clock.now()
-        self._save(line)
+        self._heard(line)
         return update
 
     def confirm(self) -> None:
         """Control answered, and there is nothing newer."""
-        self._confirmed_at = self._clock.now()
-        self._save()
+        self._heard()
+
+    def lose_touch(self) -> None:
+        """Control did not answer: what it says from now on is missing until it does."""
+        self.in_touch = False
 
     def why_unusable(self) -> str | None:
         """Why requests must be refused: no snapshot, or one that is too old. None: all is well."""
@@ -171,6 +174,11 @@ class Directory:
             else:
                 self.routes[model] = Route(route)
         self.version = update.version
+
+    def _heard(self, line: bytes = b"") -> None:
+        self.in_touch = True
+        self._confirmed_at = self._clock.now()
+        self._save(line)
 
     def _save(self, line: bytes = b"") -> None:
         """Bring the journal up to date and confirm it. Requests are answered from memory, so a failing disk stops none.

@@ -24,7 +24,7 @@ from zenray.spec.errors import ModelNotReady, Unavailable, UpstreamFailed, Zenra
 log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 3.0
-_SUSPECT_S = 2.0
+_SUSPECT_S, _MOST_SUSPECT_S = 2.0, 30.0
 _WAKE_POLL_S = 0.05
 
 
@@ -41,6 +41,11 @@ class Answer:
         self.replica_id = replica_id
         self.response = response
         self.fell_back = fell_back  # the canary that was drawn could not answer
+
+    def failed(self, model: str, request_id: str, error: OSError) -> None:
+        """It broke off, or does not move: others are preferred to its replica for a while."""
+        how = "silent" if isinstance(error, TimeoutError) else "lost"
+        self._upstream.suspect(self.replica_id, model, request_id, how, error)
 
     def release(self) -> None:
         """Unless it has been read to its end, the connection is closed, and the engine stops computing."""
@@ -67,6 +72,7 @@ class Upstream:
         self._clock = clock
         self._metrics = metrics
         self._suspect_until: dict[str, float] = {}
+        self._suspect_for_s: dict[str, float] = {}
         self._chooser = Chooser(homes or Homes())
         self._draw = draw
 
@@ -80,9 +86,7 @@ class Upstream:
         found: dict[str, int] = {}
         if self.outstanding:
             for model, route in self._directory.routes.items():
-                trial = route.entry.canary
-                replicas = (*route.entry.endpoints, *(trial.endpoints if trial else ()))
-                count = sum(self.outstanding.get(replica.replica_id, 0) for replica in replicas)
+                count = sum(self.outstanding.get(replica.replica_id, 0) for replica in _replicas(route))
                 if count:
                     found[model] = count
         return found
@@ -110,7 +114,9 @@ class Upstream:
         `canary`: the revision that was drawn; its replicas are tried first, and the route's own after them.
         A replica that cannot be reached, or says 503, is passed over for the next. When one breaks the connection
         before it has answered anything, the request is sent once more, and not a third time, since the request itself
-        may be what kills them. Raises Unavailable (503) when none is left, UpstreamFailed (502) when it was lost.
+        may be what kills them. When none is left while control is away, which would name those that came since,
+        Serve's proxy is asked; it starts one if need be. Raises Unavailable (503) when none is left, UpstreamFailed
+        (502) when it was lost.
         """
         tried: set[str] = set()
         lost = busy = asked_canary = False
@@ -132,6 +138,8 @@ class Upstream:
                 response = await self._client.post(
                     replica.url, path, bearer=engine_key, request_id=request_id, body=body, traceparent=traceparent
                 )
+                if replica.replica_id in self._suspect_until:
+                    del self._suspect_until[replica.replica_id], self._suspect_for_s[replica.replica_id]
                 if response.status == 503:
                     response.release()
                     self._metrics.failure(model, "busy")
@@ -142,12 +150,12 @@ class Upstream:
                     trace.begun()
                 return Answer(self, replica.replica_id, response, work, fell_back=asked_canary and not of_canary)
             except (Unreachable, ValueError) as error:  # ValueError: its address is none
-                self._suspect(replica, model, "unreachable", error)
+                self.suspect(replica.replica_id, model, request_id, "unreachable", error)
             except TimeoutError as error:
-                self._suspect(replica, model, "silent", error)
+                self.suspect(replica.replica_id, model, request_id, "silent", error)
                 raise UpstreamFailed("The model's replica did not answer in time.", hint="Retry.") from None
             except Lost as error:
-                self._suspect(replica, model, "lost", error)
+                self.suspect(replica.replica_id, model, request_id, "lost", error)
                 if lost:
                     raise failures.died(started=False) from None
                 lost = True
@@ -177,7 +185,13 @@ class Upstream:
             replica = self._next(entry.model, trial.endpoints, tried, prefix)
             if replica is not None:
                 return replica, trial.engine_key, True
-        return self._next(entry.model, entry.endpoints, tried, prefix), entry.engine_key, False
+        replica = self._next(entry.model, entry.endpoints, tried, prefix)
+        if replica is None and entry.wake_url is not None and not self._directory.in_touch:
+            proxy = Replica(replica_id=f"{entry.revision}@proxy", url=entry.wake_url)
+            if proxy.replica_id not in tried:
+                self._metrics.choice(entry.model, "proxy")
+                return proxy, entry.engine_key, False
+        return replica, entry.engine_key, False
 
     def _next(
         self, model: str, replicas: Sequence[Replica], tried: Collection[str], prefix: Callable[[], list[int]] | None
@@ -193,15 +207,35 @@ class Upstream:
             self._metrics.choice(model, why)
         return chosen
 
-    def _suspect(self, replica: Replica, model: str, how: str, error: Exception) -> None:
+    def suspect(self, replica_id: str, model: str, request_id: str, how: str, error: Exception) -> None:
+        """Prefer others to this replica: for 2 s, then for twice as long each time, until it answers.
+
+        Requests that were under way when it fell under suspicion, and fail too, say nothing new.
+        """
         self._metrics.failure(model, how)
-        now = self._clock.monotonic()
-        self._suspect_until = {name: until for name, until in self._suspect_until.items() if until > now}
-        self._suspect_until[replica.replica_id] = now + _SUSPECT_S
         log.warning(
             "replica_failed",
-            extra={"model": model, "replica_id": replica.replica_id, "reason": f"{type(error).__name__}: {error}"},
+            extra={
+                "request_id": request_id,
+                "model": model,
+                "replica_id": replica_id,
+                "how": how,
+                "reason": f"{type(error).__name__}: {error}",
+            },
         )
+        now = self._clock.monotonic()
+        if self._suspect_until.get(replica_id, now) > now:
+            return
+        listed = {replica.replica_id for route in self._directory.routes.values() for replica in _replicas(route)}
+        for gone in self._suspect_until.keys() - listed:
+            del self._suspect_until[gone], self._suspect_for_s[gone]
+        for_s = min(2 * self._suspect_for_s.get(replica_id, _SUSPECT_S / 2), _MOST_SUSPECT_S)
+        self._suspect_for_s[replica_id], self._suspect_until[replica_id] = for_s, now + for_s
+
+
+def _replicas(route: Route) -> tuple[Replica, ...]:
+    trial = route.entry.canary
+    return (*route.entry.endpoints, *(trial.endpoints if trial else ()))
 
 
 class Waker:
@@ -214,7 +248,10 @@ class Waker:
         self._waking: dict[str, asyncio.Task[None]] = {}
 
     def wake(self, model: str) -> asyncio.Task[None]:
-        """A task that ends when the model has a replica, or raises why it has none. Shared: never cancel it."""
+        """A task that ends when the model has a replica, or raises why it has none. Shared: never cancel it.
+
+        While control is away it ends when Serve's proxy has answered, though no replica's address is known.
+        """
         task = self._waking.get(model)
         if task is None:
             task = self._waking[model] = asyncio.get_running_loop().create_task(self._wake(model))
@@ -234,6 +271,8 @@ class Waker:
                             await asyncio.wait({poke}, timeout=_WAKE_POLL_S)
                     finally:
                         poke.cancel()
+                    if poke.result() and not self._directory.in_touch:
+                        return  # nobody can tell us where it runs, but Serve's proxy knows
                     if await self._appears(model, within_s=2.0):
                         return
         except TimeoutError:
@@ -259,19 +298,21 @@ class Waker:
         why = (route.entry.message if route else None) or "it is no longer deployed"
         return ModelNotReady(f"The model '{model}' did not wake: {why}.", retry_after_s=10)
 
-    async def _poke(self, model: str) -> None:
-        """Any request through the Serve proxy wakes the application; it is answered when a replica runs."""
+    async def _poke(self, model: str) -> bool:
+        """Any request through the Serve proxy wakes the application; it is answered when a replica runs: True."""
         route = self._directory.routes.get(model)
         if route is None or route.entry.wake_url is None:
-            return
+            return False
         try:
             async with self._session.get(
                 route.entry.wake_url + "/health",
                 timeout=aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
             ) as response:
                 await response.read()
+                return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             log.warning("wake_failed", extra={"model": model, "reason": f"{type(error).__name__}: {error}"})
+            return False
 
 
 def new_session() -> aiohttp.ClientSession:
