@@ -52,7 +52,7 @@ CASES = {
         PLAIN,
         sparse_layers=(0, 1, 2, 3),
         expert_choice_layers=(1,),
-        router=RouterConfig(selection_bias=True, capacity_factor=1.0),
+        router=RouterConfig(selection_bias=True, capacity_factor=1.0, expert_choice_renormalize=True),
         shared_expert_width=40,
         attention_bias=True,
         rope_parameters=RopeParameters("linear", 1e4, factor=2.0),

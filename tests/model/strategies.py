@@ -24,6 +24,7 @@ def routers(draw: st.DrawFn, num_experts: int) -> RouterConfig:
         z_coefficient=draw(st.sampled_from([0.0, 1e-3])),
         selection_bias=draw(st.booleans()),
         expert_choice_training=draw(st.sampled_from(["threshold", "expert_choice"])),
+        expert_choice_renormalize=draw(st.booleans()),
     )
 
 
@@ -45,12 +46,14 @@ def configs(draw: st.DrawFn) -> MoDEConfig:
             if not set(local) & set(sparse):
                 blocks.append(ExpertGroup("vision", 1, 2 * unit, "spatial"))
             experts["expert_groups"] += tuple(blocks)
-        experts["router"] = draw(routers(sum(group.num_experts for group in experts["expert_groups"])))
+        router = draw(routers(sum(group.num_experts for group in experts["expert_groups"])))
         experts["shared_expert_width"] = draw(st.sampled_from([0, 8]))
         if experts["shared_expert_width"]:
-            factor = draw(st.sampled_from([None, 0.5, 1.25]))
-            experts["router"] = replace(experts["router"], capacity_factor=factor)
+            router = replace(router, capacity_factor=draw(st.sampled_from([None, 0.5, 1.25])))
         experts["expert_choice_layers"] = tuple(layer for layer in sparse if draw(st.booleans()))
+        if experts["expert_choice_layers"] == sparse:
+            router = replace(router, selection_bias=False, capacity_factor=None)
+        experts["router"] = router
         experts["shared_expert_gate"] = bool(experts["shared_expert_width"]) and draw(st.booleans())
     return MoDEConfig(
         vocab_size=draw(st.integers(16, 40)),

@@ -1,6 +1,7 @@
 """Impossible combinations are refused, with the numbers; legal ones survive JSON."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from tests.model.strategies import configs
 from zenray.model.config import ExpertGroup, MoDEConfig, RopeParameters, RouterConfig, uniform_experts
-from zenray.model.expert_maps import expert_map
 from zenray.spec.errors import InvalidValue
 
 LEGAL = MoDEConfig(
@@ -43,6 +43,23 @@ ILLEGAL = [
     ({"router": RouterConfig(capacity_factor=1.0)}, "no expert to fall back to", "shared_expert_width"),
     ({"shared_expert_gate": True}, "shared_expert_width is 0", ""),
     ({"shared_expert_width": -1}, "shared_expert_width is -1", ""),
+    ({"shared_expert_width": 8.0}, "shared_expert_width is 8.0: it must be a whole number", ""),
+    ({"local_layers": (0,), "sliding_window": 2.5}, "sliding_window is 2.5: it must be a whole number", ""),
+    ({"sparse_layers": (1, 2.5)}, "has [2.5], but layers go from 0 to 3", ""),
+    (
+        {"expert_choice_layers": (1, 3), "router": RouterConfig(selection_bias=True)},
+        "selection_bias would do nothing: experts choose in all 2 sparse layers",
+        "even by construction",
+    ),
+    (
+        {
+            "expert_choice_layers": (1, 3),
+            "router": RouterConfig(capacity_factor=1.0),
+            "shared_expert_width": 8,
+        },
+        "capacity_factor would do nothing",
+        "",
+    ),
 ]
 
 
@@ -77,9 +94,15 @@ def rope(rope_type, **changes):
         (lambda: rope("yarn", beta_fast=1.0), r"beta_fast 1\.0 must be above beta_slow 1\.0"),
         (lambda: rope("llama3", low_freq_factor=4.0), r"high_freq_factor 4\.0 must be above low_freq_factor 4\.0"),
         (lambda: ExpertGroup("code", 1, 8, "dep"), "Did you mean 'deep'?"),
-        (lambda: ExpertGroup("image", 1, 8, "spatial", radius=-1), "'image' has radius -1"),
-        (lambda: ExpertGroup("code", 0, 8), "'code' has 0 experts"),
-        (lambda: ExpertGroup("code", 1, 0), "'code' has width 0"),
+        (lambda: ExpertGroup("image", 1, 8, "spatial", radius=-1), "radius of expert group 'image' is -1"),
+        (lambda: ExpertGroup("code", 0, 8), "num_experts of expert group 'code' is 0"),
+        (lambda: ExpertGroup("code", 1, 0), "width of expert group 'code' is 0"),
+        (lambda: ExpertGroup("code", 1, 8.5), "width of expert group 'code' is 8.5: it must be a whole number"),
+        (lambda: RouterConfig(experts_per_token=2.5), "experts_per_token is 2.5: it must be a whole number"),
+        (lambda: RouterConfig(temperature="hot"), "temperature is hot: it must be a number"),
+        (lambda: RopeParameters(original_max_position_embeddings=-8), "original_max_position_embeddings is -8"),
+        (lambda: rope("yarn", rope_theta=1.0), "rope_theta is 1.0: it must be above 1"),
+        (lambda: rope("yarn", attention_factor=0.0), "attention_factor is 0.0"),
     ],
 )
 def test_parts_refuse_too(make, message):
@@ -114,9 +137,24 @@ def test_a_shape_with_a_bias_that_the_network_lacks_is_refused_by_its_name():
         MoDEConfig.from_dimensions(biased)
 
 
-def test_unknown_field_is_refused_with_the_nearest():
-    with pytest.raises(InvalidValue, match="Did you mean 'hidden_size'"):
-        MoDEConfig.from_dict({**LEGAL.to_dict(), "hiden_size": 4})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 4}, "'hiden_size' in the model's configuration. Did you mean 'hidden_size'?"),
+        ({"router": {"temprature": 2.0}}, "'temprature' in router. Did you mean 'temperature'?"),
+        ({"rope_parameters": {"rope_teta": 1e4}}, "'rope_teta' in rope_parameters. Did you mean 'rope_theta'?"),
+        (
+            {"expert_groups": [{"name": "a", "experts": 4, "width": 8}]},
+            "'experts' in an expert group. Did you mean 'num_experts'?",
+        ),
+        ({"expert_groups": [{"name": "a", "width": 8}]}, "The field 'num_experts' is missing in an expert group."),
+    ],
+)
+def test_unknown_and_missing_fields_are_refused_by_name_with_the_nearest(change, message):
+    with pytest.raises(InvalidValue) as caught:
+        MoDEConfig.from_dict({**LEGAL.to_dict(), **change})
+    assert message in str(caught.value)
+    assert caught.value.param
 
 
 @settings(deadline=None)
@@ -140,10 +178,9 @@ def test_any_legal_configuration_made_illegal_is_refused_with_the_reason(config,
         "sliding_window": 0 if config.local_layers else 4,
         "expert_choice_layers": (*config.expert_choice_layers, layers),
         "shared_expert_width": -1,
-        "router": replace(config.router, experts_per_token=config.num_experts + 1),
     }
-    if not config.sparse_layers:
-        del breaks["router"]  # nothing is routed
+    if config.sparse_layers:  # else nothing is routed
+        breaks["router"] = replace(config.router, experts_per_token=config.num_experts + 1)
     name = data.draw(st.sampled_from(sorted(breaks)))
     with pytest.raises(InvalidValue) as caught:
         replace(config, **{name: breaks[name]})
@@ -151,21 +188,41 @@ def test_any_legal_configuration_made_illegal_is_refused_with_the_reason(config,
     assert caught.value.param
 
 
-@pytest.mark.parametrize(
-    ("name", "experts", "groups"),
-    [("hip-39", 64, 4), ("zip-0414", 8, 4), ("zen-coder", 64, 8), ("zen-omni", 32, 4), ("zen-next", 128, 8)],
-)
-def test_the_documents_maps(name, experts, groups):
-    made = expert_map(name, 12)
-    assert (sum(group.num_experts for group in made), len(made)) == (experts, groups)
-    config = replace(LEGAL, expert_groups=made, router=RouterConfig(experts_per_token=2))
-    assert config.group_range(made[1].name) == range(made[0].num_experts, made[0].num_experts + made[1].num_experts)
+PART_BREAKS = {
+    RouterConfig: {
+        "experts_per_token": [0, 1.5],
+        "temperature": [0.0, -1.0, math.nan, math.inf],
+        "balance_coefficient": [-0.1],
+        "z_coefficient": [-1e-3],
+        "capacity_factor": [0.0, -1.0],
+        "threshold_warmup_steps": [0, 0.5],
+        "threshold_decay": [-0.1, 1.0],
+    },
+    RopeParameters: {
+        "rope_theta": [0.0, -1.0, math.nan],
+        "factor": [0.5, -4.0],
+        "original_max_position_embeddings": [0, -1, 4.5],
+        "attention_factor": [0.0],
+        "beta_fast": [0.0],
+        "low_freq_factor": [-1.0],
+    },
+    ExpertGroup: {"num_experts": [0, 2.5], "width": [0, 1.5], "radius": [-1, 0.5]},
+}
 
 
-def test_a_group_of_a_map_may_be_wider():
-    made = expert_map("hip-39", 12, {"code": 20})
-    assert [group.width for group in made] == [12, 20, 12, 12]
-    with pytest.raises(InvalidValue, match="Did you mean 'code'"):
-        expert_map("hip-39", 12, {"coder": 20})
-    with pytest.raises(InvalidValue, match="Did you mean 'hip-39'"):
-        expert_map("hip39", 12)
+@settings(deadline=None)
+@given(configs(), st.data())
+def test_any_part_made_illegal_is_refused_with_the_reason(config, data):
+    """As above, within the router, the positions and a group: on their own, and in a config.json."""
+    parts = [config.router, config.rope_parameters, *config.expert_groups]
+    part = data.draw(st.sampled_from(parts))
+    name = data.draw(st.sampled_from(sorted(PART_BREAKS[type(part)])))
+    value = data.draw(st.sampled_from(PART_BREAKS[type(part)][name]))
+    with pytest.raises(InvalidValue, match=f"{name}.* is {value}".replace(".", r"\.").replace(r"\.*", ".*")) as caught:
+        replace(part, **{name: value})
+    assert caught.value.param
+    written = json.loads(json.dumps(config.to_dict()))
+    places = [written["router"], written["rope_parameters"], *written["expert_groups"]]
+    places[parts.index(part)][name] = value
+    with pytest.raises(InvalidValue, match=name):
+        MoDEConfig.from_dict(written)

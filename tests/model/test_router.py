@@ -98,7 +98,8 @@ def test_a_forward_pass_alone_changes_no_router():
 @pytest.mark.parametrize("experts_choose", [True, False])
 def test_what_is_learnt_without_gradients_is_float32_in_a_bfloat16_network(experts_choose):
     """bfloat16 knows no number between 1 and 1.0078, and a bias learns by 0.001."""
-    config = with_router(CONFIG if experts_choose else replace(CONFIG, expert_choice_layers=()), selection_bias=True)
+    config = CONFIG if experts_choose else replace(CONFIG, expert_choice_layers=())
+    config = with_router(config, selection_bias=not experts_choose)
     model = trained(config)
     learnt = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert any((buffer != buffer.bfloat16()).any() for buffer in learnt.values())
@@ -124,6 +125,28 @@ def test_a_token_that_no_expert_wants_passes_by():
     layer.gate.cutoff_E.fill_(1.0)  # a probability is never above it
     y_BSD, stats = layer(torch.randn(1, 5, 16))
     assert y_BSD.abs().max() == 0 and stats.load_E.sum() == 0
+
+
+@pytest.mark.parametrize("training_choice", ["threshold", "expert_choice"])
+def test_a_token_that_one_expert_takes_still_teaches_its_router(training_choice):
+    """Weights are the plain probabilities, as in the paper: with a sum of 1, that token's would always be 1."""
+    torch.manual_seed(0)
+    plain, evened = (
+        ExpertChoiceRouter(with_router(expert_choice_training=training_choice, expert_choice_renormalize=renormalize))
+        for renormalize in (False, True)
+    )
+    initialize(plain, 0.5)
+    evened.load_state_dict(plain.state_dict())
+    x_TD = torch.randn(30, 16)
+    for router in (plain, evened):
+        assignment, _ = router.train()(x_TD)
+        alone_R = (torch.bincount(assignment.token_R, minlength=30) == 1)[assignment.token_R]
+        assert alone_R.any()
+        assignment.weight_R[alone_R].sum().backward()
+    expert_R = torch.arange(4).repeat_interleave(assignment.rows_E)
+    probs_TE = plain.score(x_TD)[1]
+    torch.testing.assert_close(plain(x_TD)[0].weight_R, probs_TE[assignment.token_R, expert_R])
+    assert plain.weight.grad.abs().max() > 1e-2 > 1e-6 > evened.weight.grad.abs().max()
 
 
 def test_selection_bias_evens_the_load_and_leaves_the_weights_alone():

@@ -49,7 +49,9 @@ def routed_by(router: Router, x_TD: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["top-k", "bias", "threshold"])
 def test_slots_say_what_the_network_routes(kind: str, renormalize: bool) -> None:
     torch.manual_seed(0)
-    settings = RouterConfig(2, renormalize, selection_bias=kind == "bias", temperature=1.3)
+    settings = RouterConfig(
+        2, renormalize, temperature=1.3, selection_bias=kind == "bias", expert_choice_renormalize=renormalize
+    )
     config = replace(CONFIG, router=settings)
     router = ExpertChoiceRouter(config) if kind == "threshold" else TokenChoiceRouter(config)
     torch.nn.init.normal_(router.weight, std=0.5)

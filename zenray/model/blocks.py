@@ -31,9 +31,7 @@ class BlockContext(NamedTuple):
     keys_BNLC: Tensor  # rotated
     values_BNLC: Tensor
     rotary: tuple[Tensor, Tensor]  # of the S new positions
-    mask: (
-        Tensor | None
-    )  # (B or 1, 1, S, L): where a query may look, or (eager) what is added to its scores; None: causal
+    mask: Tensor | None  # (B or 1, 1, S, L): where a query may look, or what is added to its scores; None: plain causal
     ids_BS: Tensor | None
     grid_BL2: Tensor | None  # row and column of each position, −1 off the grid; None: no position is on it
 

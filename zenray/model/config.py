@@ -5,9 +5,11 @@ Where Hugging Face has a usual name for a field, that is the name.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from zenray.spec.dimensions import BlockDimensions, ModelDimensions, MoeDimensions
 from zenray.spec.errors import InvalidValue, suggest
@@ -21,6 +23,39 @@ ExpertChoiceTraining = Literal["threshold", "expert_choice"]
 def _require(condition: bool, message: str, *, param: str, hint: str | None = None) -> None:
     if not condition:
         raise InvalidValue(message, param=param, hint=hint)
+
+
+def _require_one_of(value: str, kind: Any, what: str, *, param: str) -> None:
+    _require(value in get_args(kind), f"{what} {value!r} is unknown.", param=param, hint=suggest(value, get_args(kind)))
+
+
+def _require_whole(value: object, least: int, what: str, *, param: str) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    _require(is_whole, f"{what} is {value}: it must be a whole number, at least {least}.", param=param)
+
+
+def _require_number(
+    value: object, what: str, *, param: str, above: float | None = None, least: float | None = None
+) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    _require(is_number, f"{what} is {value}: it must be a number.", param=param)
+    number = cast(float, value)
+    _require(above is None or number > above, f"{what} is {value}: it must be above {above}.", param=param)
+    _require(least is None or number >= least, f"{what} is {value}: it must be at least {least}.", param=param)
+
+
+P = TypeVar("P")
+
+
+def _read(kind: type[P], values: Mapping[str, Any], what: str) -> P:
+    """A dataclass from its fields; unknown and missing ones are refused by name."""
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for name in values:
+        _require(name in known, f"There is no field {name!r} in {what}.", param=name, hint=suggest(name, known))
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+    for name in needed:
+        _require(name in values, f"The field {name!r} is missing in {what}.", param=name)
+    return kind(**values)
 
 
 @dataclass(frozen=True)
@@ -42,33 +77,33 @@ class RopeParameters:
     high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
-        known = get_args(RopeType)
+        param = "rope_parameters"
+        _require_one_of(self.rope_type, RopeType, "rope_type", param=param)
+        # YaRN divides by the logarithm of theta, which is 0 at 1.
+        _require_number(self.rope_theta, "rope_theta", above=1 if self.rope_type == "yarn" else 0, param=param)
+        _require_number(self.factor, "factor", least=1, param=param)
+        if self.attention_factor is not None:
+            _require_number(self.attention_factor, "attention_factor", above=0, param=param)
+        for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+            _require_number(getattr(self, name), name, above=0, param=param)
+        original = self.original_max_position_embeddings
         _require(
-            self.rope_type in known,
-            f"rope_type {self.rope_type!r} is unknown.",
-            param="rope_parameters",
-            hint=suggest(self.rope_type, known),
+            original is not None or self.rope_type not in ("yarn", "llama3"),
+            f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the context of pre-training.",
+            param=param,
         )
-        _require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}: it must be positive.", param="rope_parameters")
-        _require(self.factor >= 1, f"factor is {self.factor}: it must be at least 1.", param="rope_parameters")
-        if self.rope_type in ("yarn", "llama3"):
-            _require(
-                bool(self.original_max_position_embeddings),
-                f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the context of pre-training.",
-                param="rope_parameters",
-            )
-        if self.rope_type == "yarn":
-            _require(
-                self.beta_fast > self.beta_slow > 0,
-                f"beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}, and both positive.",
-                param="rope_parameters",
-            )
-        if self.rope_type == "llama3":
-            _require(
-                self.high_freq_factor > self.low_freq_factor > 0,
-                f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}.",
-                param="rope_parameters",
-            )
+        if original is not None:
+            _require_whole(original, 1, "original_max_position_embeddings", param=param)
+        _require(
+            self.rope_type != "yarn" or self.beta_fast > self.beta_slow,
+            f"beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}.",
+            param=param,
+        )
+        _require(
+            self.rope_type != "llama3" or self.high_freq_factor > self.low_freq_factor,
+            f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}.",
+            param=param,
+        )
 
 
 @dataclass(frozen=True)
@@ -87,28 +122,11 @@ class ExpertGroup:
     radius: int = 1
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_experts >= 1,
-            f"Expert group {self.name!r} has {self.num_experts} experts: it needs at least 1.",
-            param="expert_groups",
-        )
-        _require(
-            self.width >= 1,
-            f"Expert group {self.name!r} has width {self.width}: it must be at least 1.",
-            param="expert_groups",
-        )
-        known = get_args(BlockKind)
-        _require(
-            self.kind in known,
-            f"Expert group {self.name!r} is of an unknown kind, {self.kind!r}.",
-            param="expert_groups",
-            hint=suggest(self.kind, known),
-        )
-        _require(
-            self.radius >= 0,
-            f"Expert group {self.name!r} has radius {self.radius}: it must not be negative.",
-            param="expert_groups",
-        )
+        of, param = f"of expert group {self.name!r}", "expert_groups"
+        _require_whole(self.num_experts, 1, f"num_experts {of}", param=param)
+        _require_whole(self.width, 1, f"width {of}", param=param)
+        _require_one_of(self.kind, BlockKind, f"kind {of}", param=param)
+        _require_whole(self.radius, 0, f"radius {of}", param=param)
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,10 @@ class RouterConfig:
 
     Gate weights are softmax(logits / temperature) over all experts, kept for the chosen `experts_per_token`, and
     with `renormalize` made to sum to 1 (Mixtral, Qwen3-MoE); without it they are the plain probabilities (blog, OLMoE).
+
+    Where experts choose, they are the plain probabilities (arXiv 2202.09368) unless `expert_choice_renormalize`. Made
+    to sum to 1, a token that one expert alone takes has weight 1 whatever its probability, and teaches the router
+    nothing; but copies of a dense FFN are then the dense FFN for every token that is taken at all.
     """
 
     experts_per_token: int = 2
@@ -128,48 +150,26 @@ class RouterConfig:
     selection_bias: bool = False  # loss-free balancing (arXiv 2408.15664)
     capacity_factor: float | None = None  # in training, an expert takes at most ceil(factor · T · k / E) rows
     expert_choice_training: ExpertChoiceTraining = "threshold"  # in the layers where experts choose
+    expert_choice_renormalize: bool = False
     threshold_warmup_steps: int = 100  # of expert choice, before thresholds are used in training
     threshold_decay: float = 0.99  # of the moving average of each expert's cut-off, per step
 
     def __post_init__(self) -> None:
-        choices = get_args(ExpertChoiceTraining)
+        _require_whole(self.experts_per_token, 1, "experts_per_token", param="router")
+        _require_number(self.temperature, "temperature", above=0, param="router")
+        _require_one_of(self.balance_loss, BalanceLoss, "balance_loss", param="router")
+        _require_number(self.balance_coefficient, "balance_coefficient", least=0, param="router")
+        _require_number(self.z_coefficient, "z_coefficient", least=0, param="router")
+        if self.capacity_factor is not None:
+            _require_number(self.capacity_factor, "capacity_factor", above=0, param="router")
+        _require_one_of(self.expert_choice_training, ExpertChoiceTraining, "expert_choice_training", param="router")
+        _require_whole(self.threshold_warmup_steps, 1, "threshold_warmup_steps", param="router")
+        _require_number(self.threshold_decay, "threshold_decay", least=0, param="router")
         _require(
-            self.expert_choice_training in choices,
-            f"expert_choice_training {self.expert_choice_training!r} is unknown.",
-            param="router",
-            hint=suggest(self.expert_choice_training, choices),
-        )
-        _require(
-            self.capacity_factor is None or self.capacity_factor > 0,
-            f"capacity_factor is {self.capacity_factor}: it must be positive, or left out for no limit.",
-            param="router",
-        )
-        _require(
-            self.threshold_warmup_steps >= 1,
-            f"threshold_warmup_steps is {self.threshold_warmup_steps}: a threshold needs at least 1 to start from.",
+            self.threshold_decay < 1,
+            f"threshold_decay is {self.threshold_decay}: at 1 a threshold never moves.",
             param="router",
         )
-        _require(
-            0 <= self.threshold_decay < 1,
-            f"threshold_decay is {self.threshold_decay}: it must be at least 0 and below 1.",
-            param="router",
-        )
-        _require(
-            self.experts_per_token >= 1,
-            f"experts_per_token is {self.experts_per_token}: it must be at least 1.",
-            param="router",
-        )
-        _require(self.temperature > 0, f"temperature is {self.temperature}: it must be positive.", param="router")
-        known = get_args(BalanceLoss)
-        _require(
-            self.balance_loss in known,
-            f"balance_loss {self.balance_loss!r} is unknown.",
-            param="router",
-            hint=suggest(self.balance_loss, known),
-        )
-        for name in ("balance_coefficient", "z_coefficient"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}: it must not be negative.", param="router")
 
 
 @dataclass(frozen=True)
@@ -314,20 +314,17 @@ class MoDEConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MoDEConfig:
         """The inverse of `to_dict`; lists may stand for tuples. Unknown keys are refused."""
-        known = {f.name for f in fields(cls)}
-        for name in data:
-            _require(name in known, f"Unknown model field {name!r}.", param=name, hint=suggest(name, known))
         values = dict(data)
         for name in ("sparse_layers", "local_layers", "expert_choice_layers"):
             values[name] = tuple(values.get(name, ()))
         values["expert_groups"] = tuple(
-            group if isinstance(group, ExpertGroup) else ExpertGroup(**group)
+            _read(ExpertGroup, group, "an expert group") if isinstance(group, Mapping) else group
             for group in values.get("expert_groups", ())
         )
         for name, kind in (("router", RouterConfig), ("rope_parameters", RopeParameters)):
-            if isinstance(values.get(name), dict):
-                values[name] = kind(**values[name])
-        return cls(**values)
+            if isinstance(values.get(name), Mapping):
+                values[name] = _read(kind, values[name], name)
+        return _read(cls, values, "the model's configuration")
 
     def __post_init__(self) -> None:
         for name in (
@@ -340,20 +337,10 @@ class MoDEConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int) and value >= 1,
-                f"{name} is {value}: it must be a whole number, at least 1.",
-                param=name,
-            )
-        _require(
-            self.rms_norm_eps > 0, f"rms_norm_eps is {self.rms_norm_eps}: it must be positive.", param="rms_norm_eps"
-        )
-        _require(
-            self.initializer_range >= 0,
-            f"initializer_range is {self.initializer_range}: a deviation is not negative.",
-            param="initializer_range",
-        )
+            _require_whole(getattr(self, name), 1, name, param=name)
+        _require_whole(self.shared_expert_width, 0, "shared_expert_width", param="shared_expert_width")
+        _require_number(self.rms_norm_eps, "rms_norm_eps", above=0, param="rms_norm_eps")
+        _require_number(self.initializer_range, "initializer_range", least=0, param="initializer_range")
         self._check_attention()
         self._check_experts()
 
@@ -371,8 +358,10 @@ class MoDEConfig:
             param="head_dim",
         )
         self._check_layers("local_layers", self.local_layers)
+        if self.sliding_window is not None:
+            _require_whole(self.sliding_window, 1, "sliding_window", param="sliding_window")
         _require(
-            not self.local_layers or (self.sliding_window is not None and self.sliding_window >= 1),
+            not self.local_layers or self.sliding_window is not None,
             f"Layers {list(self.local_layers)} are local, but sliding_window is {self.sliding_window}.",
             param="sliding_window",
             hint="Give sliding_window in tokens, or leave local_layers empty.",
@@ -420,15 +409,17 @@ class MoDEConfig:
             hint=f"Use experts_per_token of at most {experts}.",
         )
         _require(
-            self.shared_expert_width >= 0,
-            f"shared_expert_width is {self.shared_expert_width}: 0 means none, less is impossible.",
-            param="shared_expert_width",
-        )
-        _require(
             self.router.capacity_factor is None or self.shared_expert_width > 0,
             f"capacity_factor is {self.router.capacity_factor}, but there is no expert to fall back to.",
             param="shared_expert_width",
             hint="Give a shared_expert_width: tokens that an expert has no room for use the shared expert.",
+        )
+        idle = [name for name in ("capacity_factor", "selection_bias") if getattr(self.router, name)]
+        _require(
+            not idle or self.expert_choice_layers != self.sparse_layers,
+            f"{' and '.join(idle)} would do nothing: experts choose in all {len(self.sparse_layers)} sparse layers.",
+            param="router",
+            hint="Their load is even by construction.",
         )
         _require(
             not self.shared_expert_gate or self.shared_expert_width > 0,
@@ -461,7 +452,7 @@ class MoDEConfig:
 
     def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
         last = self.num_hidden_layers - 1
-        outside = [layer for layer in layers if not 0 <= layer <= last]
+        outside = [layer for layer in layers if layer not in range(self.num_hidden_layers)]
         _require(not outside, f"{name} has {outside}, but layers go from 0 to {last}.", param=name)
         _require(
             list(layers) == sorted(set(layers)),

@@ -103,7 +103,8 @@ class ExpertChoiceRouter(Router):
     That choice looks at the whole batch, later tokens too: it is for training only. Its causal twin is the expert
     threshold (arXiv 2603.11535): expert i takes every token whose probability is above c_i, the moving average of
     the lowest probability that it chose in training. A token is then routed by itself alone, to as many experts as
-    want it, or none. Outside of training thresholds are always used; in training, with `expert_choice_training =
+    want it, or none. Weights are the plain probabilities, as in the paper, unless the configuration renormalises them.
+    Outside of training thresholds are always used; in training, with `expert_choice_training =
     "threshold"`, after `threshold_warmup_steps`. Before the first step there is no threshold: tokens choose.
     """
 
@@ -128,7 +129,7 @@ class ExpertChoiceRouter(Router):
         if valid_T is not None:
             chosen_TE = chosen_TE & valid_T.to(torch.bool)[:, None]
         weights_TE = probs_TE * chosen_TE
-        if self.router.renormalize:
+        if self.router.expert_choice_renormalize:
             weights_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         stats = count(logits_TE, probs_TE, chosen_TE.sum(dim=0).to(torch.float32), valid_T)
         return assign_mask(chosen_TE, weights_TE), stats._replace(cutoff_E=batch_cutoff_E)

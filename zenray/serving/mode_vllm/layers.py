@@ -177,6 +177,7 @@ class MixtureOfExperts(nn.Module):
         if ranks > config.num_experts:
             raise ValueError(f"Tensor parallel size {ranks} is above the {config.num_experts} experts of a layer.")
         experts_choose = layer in config.expert_choice_layers
+        router = config.router
         self.gate = Gate(config, experts_choose=experts_choose, prefix=f"{prefix}.gate")
         self.shared_expert_gate: nn.Module | None = None
         self.shared_expert: nn.Module | None = None
@@ -195,10 +196,10 @@ class MixtureOfExperts(nn.Module):
             )
         self.experts = FusedMoEFactory(
             num_experts=config.num_experts,
-            top_k=config.num_experts if experts_choose else config.router.experts_per_token,
+            top_k=config.num_experts if experts_choose else router.experts_per_token,
             hidden_size=config.hidden_size,
             intermediate_size=max(config.expert_widths),
-            renormalize=config.router.renormalize,
+            renormalize=router.expert_choice_renormalize if experts_choose else router.renormalize,
             custom_routing_function=self.gate.route if self.gate.needs_own_choice else None,
             router_logits_dtype=torch.float32,
             quant_config=vllm_config.quant_config,
