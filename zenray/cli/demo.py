@@ -9,6 +9,7 @@ and prints what all of it cost. Ends everything it started. What was fetched and
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,11 +19,12 @@ from pathlib import Path
 import openai
 import yaml
 from rich.panel import Panel
+from rich.text import Text
 
 from zenray.cli.client import ControlClient
 from zenray.cli.commands.accounts import wait_until_known
 from zenray.cli.home import Home, RunningPlatform
-from zenray.cli.output import console, errors, show_facts, show_table
+from zenray.cli.output import console, errors, show_error, show_facts, show_table
 from zenray.spec.documents import load_document
 from zenray.spec.errors import Unavailable, ZenrayError
 from zenray.spec.money import format_usd
@@ -57,11 +59,15 @@ class Answer:
 def main() -> None:
     os.environ.setdefault("ZENRAY_HOME", ".zenray/demo")
     home = Home.from_environment()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # by way of every `finally`
     try:
         _run(home)
-    except ZenrayError as error:
-        errors.print(f"[bold red]error:[/bold red] {error}")
+    except (ZenrayError, OSError) as error:
+        show_error(error)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except openai.OpenAIError as error:
         errors.print(f"[bold red]error:[/bold red] the gateway did not answer as it should: {error}")
         sys.exit(1)
@@ -114,9 +120,17 @@ def _platform_file(home: Home) -> Path:
 
 
 def _zenray(*arguments: str) -> None:
-    finished = subprocess.run([sys.executable, "-m", "zenray.cli.main", *arguments], check=False)
-    if finished.returncode:
-        raise Unavailable(f"`zenray {' '.join(arguments)}` failed (exit {finished.returncode}); it said why above.")
+    """Run the command. When we are to end meanwhile, it first takes back what it began."""
+    command = subprocess.Popen([sys.executable, "-m", "zenray.cli.main", *arguments])
+    try:
+        code = command.wait()
+    except BaseException as why:
+        if not isinstance(why, KeyboardInterrupt):  # Ctrl-C has reached it already
+            command.send_signal(signal.SIGINT)
+        command.wait()
+        raise
+    if code:
+        raise Unavailable(f"`zenray {' '.join(arguments)}` failed (exit {code}); it said why above.")
 
 
 def _make_customer(control: ControlClient) -> tuple[str, str]:
@@ -186,9 +200,8 @@ def _wait_for_ledger(control: ControlClient, org: str, requests: int) -> tuple[i
 def _report(running: RunningPlatform, answers: list[Answer], money: tuple[int, int]) -> None:
     cost_nano_usd, balance_nano_usd = money
     for answer in answers:
-        console.print(
-            Panel(answer.text.strip(), title=f"{answer.model}: {answer.question} ({answer.how})", title_align="left")
-        )
+        title = f"{answer.model}: {answer.question} ({answer.how})"
+        console.print(Panel(Text(answer.text.strip()), title=title, title_align="left"))
     show_table(
         ["model", "answer", "#input tokens", "#output tokens", "#first token", "#in all", "#tokens/s"],
         [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +28,7 @@ class RunningPart(BaseModel):
     name: str
     pid: int | None
     restarts: int = 0
-    url: str | None = None
+    is_up: bool = True
     log: str
 
 
@@ -41,6 +45,9 @@ class RunningPlatform(BaseModel):
     storage: StorageSettings
     key_prefix: str
     parts: list[RunningPart]
+    refused: dict[str, str] | None = (
+        None  # listed deployments that could not be asked for, and why; None: not yet asked
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,10 @@ class Home:
     @property
     def cache(self) -> Path:
         return self.root / "cache"
+
+    @property
+    def ray(self) -> Path:
+        return self.root / "ray"
 
     @property
     def user_catalog(self) -> Path:
@@ -101,26 +112,63 @@ class Home:
     def running(self) -> RunningPlatform:
         """What runs now. Unavailable, with the way out, when nothing does."""
         platform = self.running_or_none()
-        if platform is None:
+        if platform is not None:
+            return platform
+        supervisor_pid = self.supervisor_pid()
+        if supervisor_pid is not None:
             raise Unavailable(
-                f"No platform runs from {self.root}.",
-                hint="Start one with `zenray up`, or point ZENRAY_HOME at the folder of one that runs.",
+                f"The platform in {self.root} is starting or stopping (process {supervisor_pid}).",
+                hint="Try again in a moment; `zenray down` ends it.",
             )
-        return platform
+        raise Unavailable(
+            f"No platform runs from {self.root}.",
+            hint="Start one with `zenray up`, or point ZENRAY_HOME at the folder of one that runs.",
+        )
 
     def running_or_none(self) -> RunningPlatform | None:
+        """What runs now; None when nothing does, or when it has not come up yet."""
         try:
             platform = RunningPlatform.model_validate(json.loads(self.platform_file.read_text()))
         except (FileNotFoundError, ValueError):
             return None
-        return platform if _is_alive(platform.supervisor_pid) else None
+        return platform if self.supervisor_pid() == platform.supervisor_pid else None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only one that starts or stops things here. Unavailable when somebody else is.
+
+        The kernel gives the lock back however this process ends, and whoever asks is told this process's number.
+        """
+        self.run.mkdir(parents=True, exist_ok=True)
+        with self.lock_file.open("wb") as lock:
+            try:
+                fcntl.fcntl(lock, fcntl.F_OFD_SETLK, _lock_of(os.getpid()))
+            except BlockingIOError:
+                raise Unavailable(
+                    f"A platform already runs from {self.root}.",
+                    hint="`zenray status` shows it; `zenray down` stops it.",
+                ) from None
+            self.platform_file.unlink(missing_ok=True)  # of one that was killed
+            yield
+
+    def supervisor_pid(self) -> int | None:
+        """The process that holds this folder, from before its first part starts until its last one is gone."""
+        try:
+            with self.lock_file.open("rb") as lock:
+                answer = fcntl.fcntl(lock, fcntl.F_OFD_GETLK, _lock_of(0))
+        except FileNotFoundError:
+            return None
+        kind, _, _, length, _ = _LOCK.unpack(answer)
+        return None if kind == fcntl.F_UNLCK else int(length)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+_LOCK = struct.Struct("hhqqi4x")  # Linux's `struct flock`: type, whence, start, length, process
+
+
+def _lock_of(length: int) -> bytes:
+    """A write lock on so many bytes from the first one on; 0: on all.
+
+    Its length is the holder's process id. So both are taken and lost together, and a number can never be read that a
+    dead supervisor left in a file and that has since been given to somebody else. Asking for it takes nothing.
+    """
+    return _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, length, 0)

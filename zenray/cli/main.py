@@ -9,7 +9,7 @@ import typer
 
 from zenray import __version__
 from zenray.cli.commands import accounts, chat, data, deployments, jobs, models, plan, platform, runs
-from zenray.cli.output import console, errors
+from zenray.cli.output import console, show_error
 from zenray.spec.errors import ZenrayError
 
 app = typer.Typer(
@@ -45,21 +45,15 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line. An error that zenray foresaw is one message and exit code 1, never a traceback."""
+    """Run the command line. What zenray or the system refuses is one message and exit code 1, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         app()
-    except ZenrayError as error:
-        errors.print(f"[bold red]error:[/bold red] {_escape(error.message)}")
-        if error.hint:
-            errors.print(f"       {_escape(error.hint)}")
+    except (ZenrayError, OSError) as error:
+        show_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from zenray.cli.client import ControlClient
 from zenray.cli.home import Home
@@ -25,7 +26,7 @@ def deploy(
     """Serve a model: its newest version with default settings, or exactly what a file says."""
     spec = read_target(target)
     client = ControlClient.connect(Home.from_environment())
-    client.put(f"/admin/deployments/{spec.model}", spec.model_dump(mode="json"))
+    client.put(f"/admin/deployments/{spec.model}", spec.model_dump(mode="json", exclude_unset=True))
     if wait:
         wait_until_ready(client, spec.model)
     else:
@@ -62,6 +63,6 @@ def wait_until_ready(client: ControlClient, model: str, timeout_s: float = READY
             if state.takes_traffic and row["revision"] == row["wanted_revision"]:
                 console.print(f"{model} is {state.value}: {row['revision']}")
                 return
-            spinner.update(f"{model}: {state.value}{': ' + row['message'] if row.get('message') else ''}")
+            spinner.update(f"{model}: {state.value}{': ' + escape(row['message']) if row.get('message') else ''}")
             time.sleep(0.5)
     raise Unavailable(f"{model} is not ready after {timeout_s:.0f} s.", hint="`zenray status` shows its state.")

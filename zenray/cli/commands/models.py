@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from zenray.catalog.comparison import Comparison, compare
 from zenray.catalog.entries import ModelEntry
@@ -100,7 +101,7 @@ def pull(
     size = f"{len(manifest.files)} files, {_bytes(manifest.size_bytes)}"
     console.print(f"{manifest.ref}: {size}" if pulled.created else f"{manifest.ref}: already there ({size})")
     for note in pulled.notes:
-        console.print(f"[dim]note:[/dim] {note}")
+        console.print(f"[dim]note:[/dim] {escape(note)}")
 
 
 @app.command("verify")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from zenray.catalog.plan import USABLE_SHARE, TrainingPlan, plan_training
 from zenray.catalog.training_memory import WorkerMemory
@@ -78,8 +79,10 @@ def _show_memory(plan: TrainingPlan) -> None:
     """The fullest stage at each moment; of the others the fullest moment alone."""
     at = plan.fullest
     moments = (at.loss, at.backward_begins, at.backward_ends)
-    rows = [[one.name, *(_gb(getattr(moment, one.name)) for moment in moments)] for one in fields(WorkerMemory)]
-    rows.append(["[bold]together[/bold]", *(f"[bold]{_gb(moment.total)}[/bold]" for moment in moments)])
+    rows: list[list[Any]] = [
+        [one.name, *(_gb(getattr(moment, one.name)) for moment in moments)] for one in fields(WorkerMemory)
+    ]
+    rows.append([Text(cell, "bold") for cell in ("together", *(_gb(moment.total) for moment in moments))])
     heads = ["a worker holds, in GB", "#at the loss", "#backward begins", "#backward ends"]
     show_table(heads, rows, title="")
     if len(plan.stages) > 1:
