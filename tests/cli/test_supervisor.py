@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zenray.cli.supervisor.assembly import RayPart
 from zenray.cli.supervisor.policy import CALM_S, LONGEST_DELAY_S, GiveUp, Restart, after_death
-from zenray.cli.supervisor.supervisor import Supervisor
-from zenray.spec.errors import Unavailable
+from zenray.cli.supervisor.supervisor import Supervisor, Watched
+from zenray.cluster.head import LocalRay
+from zenray.cluster.session import SessionRecord
+from zenray.spec.errors import ClusterUnavailable, Unavailable
+from zenray.spec.platform import RaySettings
 
 
 class ScriptedPart:
@@ -25,9 +32,12 @@ class ScriptedPart:
         self._diary = diary
         self._starts = starts
         self.living = False
+        self.refusals: list[Exception] = []  # what the next starts raise
 
     def start(self) -> None:
         self._diary.append(f"start {self.name}")
+        if self.refusals:
+            raise self.refusals.pop()
         self.living = self._starts
 
     def alive(self) -> bool:
@@ -72,7 +82,83 @@ def test_a_part_that_dies_is_started_again_and_the_change_is_told(tmp_path: Path
     supervisor.watched[0].restart_at_s = 0.0  # the delay is over
     supervisor._look_after(supervisor.watched[0])
     assert diary[-1] == "start gateway" and part.living
-    assert changes == [0, 1]
+    assert changes == [0, 1, 1], "when it died, and when it was started again"
+
+
+@pytest.mark.parametrize("refusal", [Unavailable("Too little memory for Ray."), OSError(28, "No space left on device")])
+def test_a_restart_that_fails_is_tried_again_later_and_the_others_live_on(
+    refusal: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    diary: list[str] = []
+    ray, gateway = ScriptedPart("ray", diary, tmp_path), ScriptedPart("gateway", diary, tmp_path)
+    supervisor = Supervisor([ray, gateway], on_change=lambda watched: None)
+    supervisor.start()
+    watched = supervisor.watched[0]
+    ray.living, ray.refusals = False, [refusal, refusal]
+    supervisor._look_after(watched)
+    for deaths in (2, 3):
+        watched.restart_at_s = 0.0  # the delay is over
+        supervisor._look_after(watched)
+        assert len(watched.deaths_s) == deaths and watched.restart_at_s is not None
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "ray died",
+        *[f"ray could not be started ({refusal})"] * 2,
+    ]
+    watched.restart_at_s = 0.0
+    supervisor._look_after(watched)
+    assert ray.living and gateway.living and "stop gateway" not in diary
+
+
+def test_news_that_cannot_be_written_down_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    part = ScriptedPart("gateway", [], tmp_path)
+    is_full = False
+
+    def write(watched: list[Watched]) -> None:
+        if is_full:
+            raise OSError(28, "No space left on device", "platform.json")
+
+    supervisor = Supervisor([part], on_change=write)
+    supervisor.start()
+    part.living, is_full = False, True
+    supervisor._look_after(supervisor.watched[0])
+    supervisor.watched[0].restart_at_s = 0.0
+    supervisor._look_after(supervisor.watched[0])
+    assert part.living and "No space left on device" in caplog.text
+
+
+class SilentRay(LocalRay):
+    """Its command lives and never answers."""
+
+    def _command(self, ports: dict[str, int], temp_dir: Path) -> list[str]:
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    def _check_memory(self) -> None: ...
+
+
+@pytest.fixture
+def ray(tmp_path: Path) -> Iterator[SilentRay]:
+    ray = SilentRay(tmp_path, RaySettings(gcs_port=0, dashboard_port=0, serve_port=0))
+    yield ray
+    ray.stop()
+
+
+def test_ray_is_started_without_waiting_for_it(ray: SilentRay, tmp_path: Path) -> None:
+    part = RayPart(ray, tmp_path)
+    part.start()
+    assert part.alive() and not part.ready() and part.pid is not None
+    record = SessionRecord.read(tmp_path / "ray.json")
+    assert record is not None
+    part.stop()
+    assert record.processes() == [] and not part.alive()
+
+
+def test_a_ray_that_cannot_be_started_says_why(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        busy = RaySettings(gcs_port=0, dashboard_port=taken.getsockname()[1], serve_port=0)
+        with pytest.raises(ClusterUnavailable, match=r"ray\.dashboard_port"):
+            RayPart(SilentRay(tmp_path, busy), tmp_path).start()
 
 
 def test_a_part_that_never_worked_is_given_up() -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,16 @@ class LocalRay:
         self._token_file = self._home / "ray.token"
 
     def start(self) -> RayAddresses:
-        """Start the head and wait until its dashboard answers; blocks for at most 90 s a try.
+        """Start the head and wait until its dashboard answers; blocks for at most 90 s a try. Raises as `starting`."""
+        for _ in self.starting():
+            time.sleep(0.05)
+        return self.addresses()
+
+    def starting(self) -> Iterator[None]:
+        """Start the head in steps, so that a caller may do other things between them. Over when its dashboard answers.
+
+        A step blocks for some seconds at most; the first one raises what speaks against starting at all. Closed before
+        it is over, it leaves nothing running.
 
         On a busy machine Ray's own parts give one another up while they start (its client server waits 30 s for the
         raylet, and takes the head with it), so a head that dies before it answered is started once more.
@@ -73,12 +83,12 @@ class LocalRay:
         """
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            return self._start_once()
+            yield from self._try_to_start()
         except _DiedWhileStarting as died:
             _log.warning("Ray died while it started; trying once more. %s", died)
-            return self._start_once()
+            yield from self._try_to_start()
 
-    def _start_once(self) -> RayAddresses:
+    def _try_to_start(self) -> Iterator[None]:
         self.end_remains()
         self._check_memory()
         ports = self._choose_ports()
@@ -104,14 +114,25 @@ class LocalRay:
             dashboard_port=ports["dashboard_port"],
             serve_port=ports["serve_port"],
         )
-        record.write(self._record_file)
-        addresses = self._addresses(record)
         try:
-            self._await_answer(addresses)
+            record.write(self._record_file)
+            yield from self._await_answer()
         except BaseException:
+            record.end()  # by what is in memory: with a full disk nothing may have been written down
             self.stop()
             raise
-        return addresses
+
+    def addresses(self) -> RayAddresses:
+        """Where the head is reached. ClusterUnavailable when it was never started, or has been ended."""
+        record = SessionRecord.read(self._record_file)
+        if record is None:
+            raise ClusterUnavailable("Ray is not running.", hint="Start the platform again.")
+        return RayAddresses(
+            gcs_address=f"127.0.0.1:{record.gcs_port}",
+            dashboard_url=f"http://127.0.0.1:{record.dashboard_port}",
+            serve_port=record.serve_port,
+            token_file=self._token_file,
+        )
 
     def check(self) -> None:
         """Raises ClusterUnavailable, with the last lines of Ray's log, when the head has died. Quick."""
@@ -147,14 +168,6 @@ class LocalRay:
             )
         self._record_file.unlink(missing_ok=True)
         return ended
-
-    def _addresses(self, record: SessionRecord) -> RayAddresses:
-        return RayAddresses(
-            gcs_address=f"127.0.0.1:{record.gcs_port}",
-            dashboard_url=f"http://127.0.0.1:{record.dashboard_port}",
-            serve_port=record.serve_port,
-            token_file=self._token_file,
-        )
 
     def _check_memory(self) -> None:
         needed = self._settings.object_store_bytes + RAY_ITSELF_BYTES
@@ -241,13 +254,15 @@ class LocalRay:
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(MIN_DRAINING_S),
         }
 
-    def _await_answer(self, addresses: RayAddresses) -> None:
+    def _await_answer(self) -> Iterator[None]:
         deadline = time.monotonic() + _START_TIMEOUT_S
+        addresses = self.addresses()
         request = urllib.request.Request(
             f"{addresses.dashboard_url}/api/serve/applications/",
             headers={"Authorization": f"Bearer {addresses.token()}"},
         )
         while True:
+            yield
             try:
                 self.check()
             except ClusterUnavailable as died:
@@ -262,7 +277,6 @@ class LocalRay:
                         f"Ray's dashboard did not answer within {_START_TIMEOUT_S:.0f} s.",
                         hint=f"Look into {self._log_file}.",
                     ) from None
-            time.sleep(0.05)
 
     def _log_tail(self, lines: int = 8) -> str:
         try:

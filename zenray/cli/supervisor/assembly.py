@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from zenray.control.config import ControlConfig
 from zenray.gateway.config import GatewayConfig
 from zenray.spec.documents import Document
 from zenray.spec.errors import ZenrayError
-from zenray.spec.platform import Platform, RaySettings, StorageSettings
+from zenray.spec.platform import Platform, StorageSettings
 from zenray.storage.opening import absolute
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,15 @@ class Assembly:
 
 
 class RayPart:
-    """The local Ray head. `start` blocks until Ray answers."""
+    """The local Ray head. It starts in steps, one each time that somebody asks whether it lives."""
 
     name = "Ray"
-    start_timeout_s = 90.0
+    start_timeout_s = 180.0  # a head that dies while it starts is tried once more
 
-    def __init__(self, home: Path, settings: RaySettings) -> None:
-        self._ray = LocalRay(home, settings)
+    def __init__(self, ray: LocalRay, home: Path) -> None:
+        self._ray = ray
         self._home = home
+        self._steps: Iterator[None] | None = None  # what is left of a start
         self.log_file = home / "ray.log"
 
     @property
@@ -47,27 +52,41 @@ class RayPart:
         return record.sid if record else None
 
     def start(self) -> None:
-        self._ray.start()
+        self._steps = self._ray.starting()
+        self._go_on()
 
     def alive(self) -> bool:
         try:
-            self._ray.check()
+            if self._steps is None:
+                self._ray.check()
+                return True
         except ZenrayError:
+            return False
+        try:
+            self._go_on()
+        except (ZenrayError, OSError) as error:
+            log.warning("Ray did not start: %s", error)
             return False
         return True
 
     def ready(self) -> bool:
-        return self.alive()
+        return self.alive() and self._steps is None
 
     def stop(self) -> None:
+        self._steps = None
         self._ray.stop()
+
+    def _go_on(self) -> None:
+        """One step of the start. One that raises was the last."""
+        steps, self._steps = self._steps, None
+        if steps is not None and next(steps, "over") is None:
+            self._steps = steps
 
 
 def assemble(platform: Platform, home: Home) -> Assembly:
     """Write each part's configuration below the home; nothing is started. All ports in `platform` are known."""
     home.run.mkdir(parents=True, exist_ok=True)
     home.user_catalog.mkdir(parents=True, exist_ok=True)
-    ray_home = home.root / "ray"
     storage = absolute(platform.storage, home.root)
     control_url = f"http://{_reachable(platform.control.host)}:{platform.control.port}"
     gateway_url = f"http://{_reachable(platform.gateway.host)}:{platform.gateway.port}"
@@ -79,10 +98,11 @@ def assemble(platform: Platform, home: Home) -> Assembly:
         admin_token_file=home.admin_token_file,
         edge_token_file=home.edge_token_file,
         ray_dashboard_url=dashboard_url,
-        ray_token_file=ray_home / "ray.token",
+        ray_token_file=home.ray / "ray.token",
         serve_port=platform.ray.serve_port,
         catalog_dirs=(home.user_catalog,),
         key_prefix=platform.key_prefix,
+        nodes=platform.nodes,
         cache_dir=home.cache / "weights",
         jobs_dir=home.cache / "jobs",
     )
@@ -94,7 +114,7 @@ def assemble(platform: Platform, home: Home) -> Assembly:
         key_prefix=platform.key_prefix,
     )
     parts: list[Part] = [
-        RayPart(ray_home, platform.ray),
+        RayPart(LocalRay(home.ray, platform.ray), home.ray),
         _process("control", control, f"{control_url}/readyz", home),
         _process("gateway", gateway, f"{gateway_url}/readyz", home, stop_timeout_s=gateway.drain_timeout_s + 10),
     ]

@@ -17,7 +17,7 @@ _prctl = ctypes.CDLL(None).prctl  # looked up before any fork: the child may onl
 
 
 class Part(Protocol):
-    """One part. `start` returns at once; the others never block for long."""
+    """One part. `start` returns at once, or raises what keeps it from starting; the others never block for long."""
 
     name: str
     log_file: Path

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from zenray.cli.supervisor.parts import Part, last_lines
 from zenray.cli.supervisor.policy import GiveUp, after_death
-from zenray.spec.errors import Unavailable
+from zenray.spec.errors import Unavailable, ZenrayError
 
 log = logging.getLogger(__name__)
 POLL_S = 0.2
@@ -63,10 +63,7 @@ class Supervisor:
     def stop(self) -> None:
         """Stop all parts, last one first."""
         for watched in reversed(self.watched):
-            try:
-                watched.part.stop()
-            except Exception:
-                log.exception("%s did not stop cleanly", watched.part.name)
+            _stop(watched.part)
 
     def _wait_until_ready(self, watched: Watched) -> None:
         part = watched.part
@@ -82,22 +79,42 @@ class Supervisor:
             self._stopping.wait(POLL_S)
 
     def _look_after(self, watched: Watched) -> None:
-        now_s = time.monotonic()
-        if watched.restart_at_s is not None:
-            if now_s >= watched.restart_at_s:
-                watched.restart_at_s = None
+        if watched.restart_at_s is None:
+            if not watched.part.alive():
+                self._died(watched, "died")
+        elif time.monotonic() >= watched.restart_at_s:
+            watched.restart_at_s = None
+            try:
                 watched.part.start()
-                self._on_change(self.watched)
-            return
-        if watched.part.alive():
-            return
+            except (ZenrayError, OSError) as error:
+                self._died(watched, f"could not be started ({error})")
+            else:
+                self._tell()
+
+    def _died(self, watched: Watched, how: str) -> None:
+        now_s = time.monotonic()
         watched.deaths_s.append(now_s)
         decision = after_death(watched.deaths_s, was_ready=watched.was_ready)
         if isinstance(decision, GiveUp):
             raise _did_not_start(watched.part, decision.reason)
-        log.warning("%s died; starting it again in %.1f s", watched.part.name, decision.delay_s)
-        watched.part.stop()  # what is left of it
+        log.warning("%s %s; starting it again in %.1f s", watched.part.name, how, decision.delay_s)
         watched.restart_at_s = now_s + decision.delay_s
+        self._tell()
+        _stop(watched.part)  # what is left of it
+
+    def _tell(self) -> None:
+        """Whoever wants to know. A disk that takes no news is no reason to stop what runs."""
+        try:
+            self._on_change(self.watched)
+        except OSError as error:
+            log.warning("what runs now could not be written down: %s", error)
+
+
+def _stop(part: Part) -> None:
+    try:
+        part.stop()
+    except Exception:
+        log.exception("%s did not stop cleanly", part.name)
 
 
 def _did_not_start(part: Part, what: str) -> Unavailable:
