@@ -142,14 +142,17 @@ def test_lora_by_hand() -> None:
     assert lora_parameters(dense(), 8, ["q_proj"]) == 2 * 8 * (4 + 4)
     assert lora_parameters(dense(), 8, ["v_proj", "down_proj"]) == 2 * 8 * ((4 + 2) + (4 + 6))
     moe = dense(moe={"experts": 4, "top_k": 2, "expert_width": 5, "shared_width": 3}, dense_layers=[0])
-    assert lora_parameters(moe, 1, ["up_proj"]) == (4 + 6) + 4 * (4 + 5) + (4 + 3)
-    assert lora_parameters(moe, 1, ["mlp.experts.*.up_proj"]) == 4 * (4 + 5)
-    assert lora_parameters(moe, 1, ["mlp.gate"]) == 4 + 4
+    assert lora_parameters(moe, 1, ["up_proj"]) == (4 + 6) + (4 + 3)  # of the dense FFN, of the shared expert
+    assert lora_parameters(moe, 1, [], ["mlp.experts.gate_up_proj"]) == 4 * (4 + 2 * 5)
+    assert lora_parameters(moe, 1, [], ["mlp.experts.down_proj"]) == 4 * (4 + 5)
+    assert lora_parameters(moe, 1, [], ["mlp.gate.weight"]) == 4 + 4
     with pytest.raises(InvalidValue, match=r"no module 'qproj'.*Did you mean 'q_proj'"):
         lora_parameters(dense(), 8, ["qproj"])
-    for module in ("mlp.gate", "mlp.experts.*.up_proj"):
-        with pytest.raises(InvalidValue, match=r"no module 'mlp\."):
-            lora_parameters(dense(), 8, [module])
+    with pytest.raises(InvalidValue, match=r"no parameter 'mlp\.gate\.weight'"):
+        lora_parameters(dense(), 8, [], ["mlp.gate.weight"])
+    experts_alone = dense(moe={"experts": 4, "top_k": 2, "expert_width": 5}, ffn_width=0)
+    with pytest.raises(InvalidValue, match="no module 'up_proj'"):
+        lora_parameters(experts_alone, 8, ["up_proj"])
 
 
 @pytest.mark.parametrize("entry", list(CATALOG), ids=lambda entry: entry.name)

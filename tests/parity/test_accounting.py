@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any
 
@@ -32,6 +31,7 @@ from transformers import (
 from zenray.catalog import Catalog, ModelEntry
 from zenray.catalog.accounting import count_parameters, flops_per_token, kv_cache_bytes_per_token, lora_parameters
 from zenray.model.config import MoDEConfig
+from zenray.model.expert_lora import add_expert_lora
 from zenray.model.hf import ZenModeConfig, ZenModeForCausalLM
 from zenray.model.network import MoDE
 from zenray.spec.dimensions import ModelDimensions
@@ -273,23 +273,36 @@ def test_lora_parameters_are_those_that_peft_trains(target_modules: list[str]) -
     assert trainable == lora_parameters(dimensions, 4, target_modules)
 
 
-def test_router_lora_is_what_peft_trains_on_the_same_matrix() -> None:
-    # transformers fuses the experts and keeps the router as a bare parameter; as separate matrices they are these.
-    dimensions = ModelDimensions.model_validate(TINY | {"moe": TINY_MOE | {"shared_width": 24}})
-    layer = nn.ModuleDict({"router": nn.Linear(32, 4, bias=False)})
-    for name, width in [(f"expert-{i}", 16) for i in range(4)] + [("shared", 24)]:
-        layer[name] = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(32, width, bias=False),
-                "up_proj": nn.Linear(32, width, bias=False),
-                "down_proj": nn.Linear(width, 32, bias=False),
-            }
-        )
-    for ours, theirs in (
-        (["mlp.gate"], ["router"]),
-        (["gate_proj", "up_proj", "down_proj"], ["gate_proj", "up_proj", "down_proj"]),
-        (["mlp.experts.*.down_proj"], [f"expert-{i}.down_proj" for i in range(4)]),
-    ):
-        adapted = get_peft_model(copy.deepcopy(layer), LoraConfig(r=4, target_modules=theirs))  # type: ignore[arg-type]
-        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        assert dimensions.layers * trainable == lora_parameters(dimensions, 4, ours)
+FUSED = ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "target_parameters"),
+    [(ALL_PROJECTIONS, []), *(([], [target]) for target in FUSED), (["q_proj"], FUSED)],
+)
+def test_lora_on_a_mixture_trains_what_peft_trains(target_modules: list[str], target_parameters: list[str]) -> None:
+    moe = TINY_MOE | {"experts": 8, "blocks": BLOCKS, "shared_width": 24}
+    dimensions = ModelDimensions.model_validate(TINY | {"ffn_width": 48, "dense_layers": [1], "moe": moe})
+    model = ZenModeForCausalLM(ZenModeConfig.from_mode(MoDEConfig.from_dimensions(dimensions)))
+    lora = LoraConfig(r=4, target_modules=target_modules, target_parameters=target_parameters)
+    trainable = sum(p.numel() for p in get_peft_model(model, lora).parameters() if p.requires_grad)
+    assert trainable == lora_parameters(dimensions, 4, target_modules, target_parameters)
+
+
+@pytest.mark.parametrize("entry", [e for e in Catalog.load() if e.claims.lora], ids=lambda entry: entry.name)
+def test_claimed_lora_targets_are_parts_of_the_network(entry: ModelEntry) -> None:
+    lora = entry.claims.lora
+    assert entry.dimensions is not None and lora is not None
+    with torch.device("meta"):
+        model = MoDE(MoDEConfig.from_dimensions(entry.dimensions))
+    ends = [f".{module}.weight" for module in lora.target_modules] + [f".{name}" for name in lora.target_parameters]
+    found = {end: [p for name, p in model.named_parameters() if name.endswith(end)] for end in ends}
+    assert all(found.values()), found
+    trainable = sum(
+        lora.rank * sum(p.shape[-2:]) * p.shape[:-2].numel() for parameters in found.values() for p in parameters
+    )
+    assert trainable == lora_parameters(entry.dimensions, lora.rank, lora.target_modules, lora.target_parameters)
+    if FUSED[1] in lora.target_parameters:
+        add_expert_lora(model, lora.rank, lora.alpha)
+        ours = sum(p.numel() for name, p in model.named_parameters() if re.search(r"(gate_up|down)_[AB]$", name))
+        assert ours == lora_parameters(entry.dimensions, lora.rank, [], FUSED[1:])

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from zenray.spec.dimensions import ModelDimensions, MoeDimensions
 from zenray.spec.errors import InvalidValue, suggest
 
-_FFN_MODULES = ("gate_proj", "up_proj", "down_proj")
-_EXPERTS = "mlp.experts.*."
-
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -156,37 +153,52 @@ def weights_bytes(dimensions: ModelDimensions, bytes_per_parameter: float) -> in
     return math.ceil(count_parameters(dimensions).total * bytes_per_parameter)
 
 
-def lora_parameters(dimensions: ModelDimensions, rank: int, target_modules: Iterable[str]) -> int:
-    """Trainable weights of a LoRA adapter: rank × (inputs + outputs) for each target matrix.
+def lora_parameters(
+    dimensions: ModelDimensions, rank: int, target_modules: Iterable[str] = (), target_parameters: Iterable[str] = ()
+) -> int:
+    """Trainable weights of a LoRA adapter: rank × (inputs + outputs) of each matrix. The targets are PEFT's.
 
-    `gate_proj`, `up_proj`, `down_proj` mean every FFN (dense, shared and each expert), with `mlp.experts.*.` before
-    them only the routed experts; `mlp.gate` is the router. InvalidValue for a module that the network does not have.
+    `target_modules` are ends of modules' names: `gate_proj` means the dense FFNs and the shared experts. Routed experts
+    are no modules but parameters of each layer, two that hold them all, and so are the routers: `target_parameters`
+    `mlp.experts.gate_up_proj` (where gate and up share their inputs' factor), `mlp.experts.down_proj` and
+    `mlp.gate.weight`. InvalidValue for a target that the network does not have.
     """
-    return rank * sum(_lora_ends(dimensions, module) for module in target_modules)
+    ends = 0
+    for field, targets, known in (
+        ("target_modules", target_modules, _module_ends(dimensions)),
+        ("target_parameters", target_parameters, _parameter_ends(dimensions)),
+    ):
+        for target in targets:
+            if target not in known:
+                raise InvalidValue(
+                    f"The network has no {field.removeprefix('target_')[:-1]} {target!r} that LoRA could adapt.",
+                    hint=suggest(target, known),
+                    param=field,
+                )
+            ends += known[target]
+    return rank * ends
 
 
-def _lora_ends(dimensions: ModelDimensions, module: str) -> int:
-    """Inputs plus outputs of all matrices that `module` means."""
-    hidden, q, kv = dimensions.hidden_size, dimensions.q_width, dimensions.kv_width
-    attention = {"q_proj": hidden + q, "k_proj": hidden + kv, "v_proj": hidden + kv, "o_proj": q + hidden}
-    moe, sparse = dimensions.moe, len(dimensions.sparse_layers)
-    experts = list(moe.widths) * sparse if moe else []
-    others = [dimensions.ffn_width] * (dimensions.layers - sparse)
-    if moe and moe.shared_width:
-        others += [moe.shared_width] * sparse
-    if module in attention:
-        return dimensions.layers * attention[module]
-    if module in _FFN_MODULES:
-        return sum(hidden + width for width in (*experts, *others))
-    if moe and module.removeprefix(_EXPERTS) in _FFN_MODULES:
-        return sum(hidden + width for width in experts)
-    if moe and module == "mlp.gate":
-        return sparse * (hidden + moe.experts)
-    known = (*attention, *_FFN_MODULES)
-    if moe:
-        known += ("mlp.gate", *(_EXPERTS + name for name in _FFN_MODULES))
-    raise InvalidValue(
-        f"The network has no module {module!r} that LoRA could adapt.",
-        hint=suggest(module, known),
-        param="target_modules",
-    )
+def _module_ends(dimensions: ModelDimensions) -> dict[str, int]:
+    """By the end of its name, inputs plus outputs of all matrices that are modules."""
+    hidden, moe, sparse = dimensions.hidden_size, dimensions.moe, len(dimensions.sparse_layers)
+    attending = [(b.experts, b.width) for b in (moe.blocks if moe else ()) if b.kind != "vocabulary"]
+    queries = dimensions.layers * (hidden + dimensions.q_width)
+    queries += sparse * sum(experts * (hidden + width) for experts, width in attending)
+    keys = dimensions.layers * (hidden + dimensions.kv_width)
+    ends = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+    dense = (dimensions.layers - sparse) * (hidden + dimensions.ffn_width)
+    shared = sparse * (hidden + moe.shared_width) if moe and moe.shared_width else 0
+    return ends | (dict.fromkeys(("gate_proj", "up_proj", "down_proj"), dense + shared) if dense + shared else {})
+
+
+def _parameter_ends(dimensions: ModelDimensions) -> dict[str, int]:
+    """The same of the matrices that are not: routers, and the experts' fused ones, each expert for itself."""
+    hidden, moe, sparse = dimensions.hidden_size, dimensions.moe, len(dimensions.sparse_layers)
+    if moe is None:
+        return {}
+    return {
+        "mlp.gate.weight": sparse * (hidden + moe.experts),
+        "mlp.experts.gate_up_proj": sparse * sum(hidden + 2 * width for width in moe.widths),
+        "mlp.experts.down_proj": sparse * sum(hidden + width for width in moe.widths),
+    }

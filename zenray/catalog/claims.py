@@ -74,12 +74,13 @@ class ClaimedTraining(Document):
 
 
 class ClaimedLora(Document):
-    """LoRA settings of one model, with the document's own names of the targets and the module names they mean here."""
+    """LoRA settings of one model: the document's names of the targets, and what they mean in the network."""
 
     rank: int = Field(ge=1)
     alpha: int = Field(ge=1)
     targets: str = Field(description="As the document writes them.")
-    target_modules: tuple[str, ...] = Field(description="The same, as module names of the network.")
+    target_modules: tuple[str, ...] = Field((), description="The same, as ends of the network's modules' names.")
+    target_parameters: tuple[str, ...] = Field((), description="Those of them that are parameters: experts, routers.")
     trainable_percent: float = Field(gt=0, le=100)
     source: SourceDocument
 

@@ -100,7 +100,7 @@ def _memory(entry: ModelEntry, dimensions: ModelDimensions) -> Iterator[Comparis
 def _training(entry: ModelEntry, dimensions: ModelDimensions) -> Iterator[Comparison]:
     lora, power = entry.claims.lora, entry.claims.power
     if lora is not None:
-        trainable = lora_parameters(dimensions, lora.rank, lora.target_modules)
+        trainable = lora_parameters(dimensions, lora.rank, lora.target_modules, lora.target_parameters)
         percent = 100 * trainable / count_parameters(dimensions).total
         yield Comparison(f"trainable by LoRA of rank {lora.rank}", lora.trainable_percent, percent, "%")
     if power is not None:
