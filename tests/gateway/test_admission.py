@@ -239,9 +239,9 @@ def test_parts_that_a_model_does_not_take() -> None:
         admission.check_modalities(question, Route(route("m")), {"m": ("text",)})
 
 
-def with_image(url: str, **changes: object) -> admission.Asked:
+def with_image(url: str, text: str = "what?", **changes: object) -> admission.Asked:
     part = {"type": "image_url", "image_url": {"url": url}}
-    return asked(messages=[{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}], **changes)
+    return asked(messages=[{"role": "user", "content": [{"type": "text", "text": text}, part]}], **changes)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +260,24 @@ def test_what_an_image_costs_is_bound_by_the_context() -> None:
         question = with_image("data:image/png;base64,AAAA", **{"max_tokens": None} | changes)
         admission.check_modalities(question, seeing, {})
         assert admission.bound(question, seeing) == admission.Bounds(context, max_tokens, False)
+
+
+def test_an_image_takes_no_room_from_an_output_that_nobody_asked_for_but_its_text_does() -> None:
+    seeing = Route(route("eye", context_tokens=1000, default_max_tokens=200, modalities=("text", "vision")))
+
+    def question(text: str, **changes: object) -> admission.Asked:
+        made = with_image("data:image/png;base64," + "A" * 5000, text, **changes)
+        admission.check_modalities(made, seeing, {})
+        return made
+
+    assert admission.bound(question("what?"), seeing) == Bounds(1000, 200, False)
+    assert admission.bound(question("x" * 900, max_tokens=7), seeing) == Bounds(1000, 7, False)
+    # An engine that counts the text refuses a `max_tokens` that does not fit beside it.
+    long = question("x" * 900)
+    assert admission.bound(long, seeing) is None
+    assert admission.bound(long, seeing, exact_input_tokens=890) == Bounds(1000, 110, True)
+    with pytest.raises(ContextLengthExceeded):
+        admission.bound(long, seeing, exact_input_tokens=1000)
 
 
 def test_the_catalog_and_the_parts_speak_of_the_same_modalities() -> None:

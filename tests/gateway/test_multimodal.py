@@ -40,6 +40,7 @@ class Encoder:
     async def start(self) -> None:
         app = web.Application(client_max_size=1 << 24)
         app.router.add_post("/v1/chat/completions", self._answer)
+        app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -48,6 +49,10 @@ class Encoder:
 
     async def stop(self) -> None:
         await self._runner.cleanup()
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        assert (await request.json())["messages"][0]["content"][1:] == MESSAGE["content"][1:]  # type: ignore[index]
+        return web.json_response({"count": 8000})
 
     async def _answer(self, request: web.Request) -> web.Response:
         self.asked.append(orjson.loads(await request.read()))
@@ -94,6 +99,16 @@ async def test_parts_go_through_as_they_are_and_the_engine_s_count_is_billed(
     await until(lambda: control.events)
     (event,) = control.events.values()
     assert (event.usage.input_tokens, event.usage.output_tokens) == (PROMPT_TOKENS, OUTPUT_TOKENS)
+
+
+@pytest.mark.parametrize(("text", "max_tokens"), [("Who speaks?", 256), ("word " * 1800, 192)])
+async def test_without_max_tokens_the_engine_is_told_no_more_than_fits(
+    gateway: RunningGateway, encoder: Encoder, text: str, max_tokens: int
+) -> None:
+    message: Any = {"role": "user", "content": [{"type": "text", "text": text}, *list(MESSAGE["content"])[1:]]}
+    async with gateway.client() as client:
+        await client.chat.completions.create(model="omni", messages=[message])
+    assert encoder.asked[-1]["max_tokens"] == max_tokens
 
 
 @pytest.mark.parametrize(("model", "part", "able"), [("plain", 1, "eye, omni"), ("eye", 2, "omni")])

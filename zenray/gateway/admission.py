@@ -12,13 +12,13 @@ What happens where the byte bound is too coarse:
   tokenised, since an engine would refuse a `max_tokens` that the client never sent.
 - A balance that does not cover the bound is asked again with the true length.
 - What an image or a recording costs is known to the engine alone, after it has encoded them: a request with any is
-  bound by the whole context, and the engine's count is billed.
+  bound by the whole context, and the engine's count is billed. Its text is bound by bytes as any, so that there is
+  room for the output that the engine is told.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -67,7 +67,7 @@ class Asked:
     prompts: int
     choices_per_prompt: int
     max_tokens: int | None  # None: the client left it to us
-    media: bool = False  # has image or audio parts
+    media_bytes: int = 0  # of the body, in image and audio parts
 
     @property
     def choices(self) -> int:
@@ -107,11 +107,6 @@ def authenticate(authorization: bytes | None, directory: Directory, now: float, 
     if entry.expires_at is not None and entry.expires_at <= now:
         raise InvalidApiKey(f"The API key {entry.key_id} has expired.", hint="Create another one.")
     return key
-
-
-def same_token(header: bytes | None, token: str) -> bool:
-    """Whether an Authorization header carries `token`, in constant time."""
-    return header is not None and hmac.compare_digest(header, b"Bearer " + token.encode())
 
 
 def find_route(model: str, key: Key, directory: Directory) -> Route:
@@ -217,7 +212,7 @@ def _completion_prompts(body: Mapping[str, Any]) -> int:
 
 
 def check_modalities(asked: Asked, route: Route, others: Mapping[str, tuple[str, ...]]) -> None:
-    """Notes whether there are image or audio parts. Raises InvalidValue (400) for one that the model does not take.
+    """Notes how many bytes are images and recordings. Raises InvalidValue (400) for one that the model does not take.
 
     `others`: the modalities of the models that the key may see, to name those that would.
     """
@@ -247,14 +242,15 @@ def check_modalities(asked: Asked, route: Route, others: Mapping[str, tuple[str,
                     hint="Send it as a data URL: 'data:image/png;base64,…'.",
                     param=f"{where}.image_url.url",
                 )
-            asked.media = True
+            asked.media_bytes += len(part["image_url"]["url"] if kind == "image_url" else part["input_audio"]["data"])
 
 
 def input_bound_tokens(asked: Asked, route: Route) -> int:
-    """At least the tokens of one prompt, from bytes; never more than the context, which an engine enforces."""
-    if asked.media:
-        return route.entry.context_tokens
-    extra_bytes = 0
+    """At least the tokens of one prompt, from bytes; never more than the context, which an engine enforces.
+
+    Of images and recordings only their places in the text.
+    """
+    extra_bytes = -asked.media_bytes
     if asked.endpoint is Endpoint.CHAT:
         tools = asked.body.get("tools")
         if tools:
@@ -283,6 +279,8 @@ def bound(asked: Asked, route: Route, *, exact_input_tokens: int | None = None) 
         )
     exact = exact_input_tokens is not None
     input_tokens = input_bound_tokens(asked, route) if exact_input_tokens is None else exact_input_tokens
+    # The engine is told no more than the text leaves; what the images then take, it takes off by itself.
+    left = context - input_tokens
     if exact and input_tokens + max(1, asked.max_tokens or 0) > context:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {context} tokens. However, your request has {input_tokens} input "
@@ -290,11 +288,10 @@ def bound(asked: Asked, route: Route, *, exact_input_tokens: int | None = None) 
             hint="Shorten the input or ask for less.",
             param="messages" if asked.endpoint is Endpoint.CHAT else "prompt",
         )
+    if asked.media_bytes:
+        input_tokens = context
     if asked.max_tokens is not None:
         return Bounds(input_tokens, asked.max_tokens, exact)
-    if asked.media:
-        return Bounds(input_tokens, entry.default_max_tokens, exact)
-    left = context - input_tokens
     if left < entry.default_max_tokens and not exact:
         return None
     return Bounds(input_tokens, min(entry.default_max_tokens, left), exact)
