@@ -16,11 +16,12 @@ from zenray.gateway.canaries import Canaries
 from zenray.gateway.credit import Credit
 from zenray.gateway.logs import RequestLog
 from zenray.gateway.metering import LeaseBook, Meter
+from zenray.gateway.metering.replay import replay
 from zenray.gateway.metrics import Metrics
 from zenray.gateway.reply import Disconnect, Reply
 from zenray.gateway.snapshot import Directory, Key
 from zenray.spec.clock import FakeClock
-from zenray.spec.edge import KeyEntry, OrgEntry, Snapshot
+from zenray.spec.edge import CanaryRoute, KeyEntry, OrgEntry, Snapshot
 from zenray.spec.errors import UpstreamFailed
 from zenray.spec.usage import Usage
 
@@ -46,9 +47,10 @@ class Engine:
         return self
 
     fell_back = False
+    canary: CanaryRoute | None = None
 
-    def draw_canary(self, _: object) -> None:
-        return None
+    def draw_canary(self, _: object) -> CanaryRoute | None:
+        return self.canary
 
     async def read(self) -> bytes:
         return self._raw
@@ -62,7 +64,11 @@ async def ask(tmp_path: Path, engine: Engine) -> tuple[Meter, LeaseBook, list[di
     directory = Directory(tmp_path / "snapshot.jsonl", clock, max_age_s=60)
     org = OrgEntry(org="acme", cache_salt="s" * 32)
     snapshot = Snapshot(
-        version=1, full=True, issued_at=0, orgs={"acme": org}, routes={"tiny": route("tiny", ["http://x"])}
+        version=1,
+        full=True,
+        issued_at=0,
+        orgs={"acme": org},
+        routes={"tiny": route("tiny", ["http://x"], quantization="fp8")},
     )
     directory.apply(snapshot.model_dump_json().encode())
     book = LeaseBook(clock)
@@ -124,6 +130,21 @@ async def test_what_is_billed_is_what_was_settled(tmp_path: Path) -> None:
     assert event.usage == Usage(input_tokens=1, output_tokens=1)
     assert book.available("acme") == 10**12 - event.cost_nano_usd() == 10**12 - meter.unshipped_nano_usd("acme")
     meter.close()
+
+
+@pytest.mark.parametrize(("fell_back", "quantization"), [(False, "int4"), (True, "fp8")])
+async def test_the_event_tells_the_quantization_of_the_revision_that_answered(
+    tmp_path: Path, fell_back: bool, quantization: str
+) -> None:
+    engine = Engine(orjson.dumps(ANSWER))
+    engine.canary = CanaryRoute(revision="new", weight=0.5, endpoints=(), engine_key="k", quantization="int4")
+    engine.fell_back = fell_back
+    meter, _, _ = await ask(tmp_path, engine)
+    (event,) = meter.pending(10)
+    assert event.quantization == quantization
+    meter.close()
+    (logged,) = replay(tmp_path / "usage")
+    assert logged == event
 
 
 @pytest.mark.parametrize("usage", [{"prompt_tokens": 2**32}, {"prompt_tokens": 1, "completion_tokens": 10**30}, {}])

@@ -105,7 +105,9 @@ class Proxy:
                 canary=bill.canary.revision if bill.canary is not None else None,
                 trace=reply.trace,
             )
-            bill.fell_back = answer.fell_back
+            if answer.fell_back:
+                bill.fell_back = True
+                bill.charge.answered_with(route.entry.quantization)
             await self._pass_on(asked, route, answer, bill, reply)
         except ZenrayError as error:
             bill.refused = error.status < 500
@@ -160,7 +162,7 @@ class Proxy:
             if self._credit.book.available(org) <= 0:
                 raise admission.no_credit(org, needed, 0)
         route = await self._awake(asked, route, reply)
-        if not asked.media:  # of those the tokenizer sees only the places
+        if bounds is None or not asked.media_bytes:  # what images cost, the tokenizer does not know
             bounds = admission.bound(asked, route, exact_input_tokens=await self._tokenize(asked, route, reply))
         assert bounds is not None
         needed = admission.reserve_nano_usd(asked, route, bounds)

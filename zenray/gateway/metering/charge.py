@@ -18,8 +18,8 @@ class Charge:
     """One open request: counts while tokens stream, then is closed once. Made by `Meter.open`, for one thread."""
 
     __slots__ = (
-        "_closed", "_fields", "_first_token_s", "_indices", "_meter", "_opened_s", "_prompts", "_words", "billing_key",
-        "cost_nano_usd", "head", "open_payload", "segment", "sequence", "slots",
+        "_closed", "_fields", "_first_token_s", "_head", "_indices", "_meter", "_opened_s", "_prompts", "_words",
+        "billing_key", "cost_nano_usd", "head_bytes", "open_payload", "segment", "sequence", "slots",
     )  # fmt: skip
 
     def __init__(
@@ -38,9 +38,10 @@ class Charge:
         self.cost_nano_usd = 0  # known once it is closed
         self.sequence = sequence
         self.slots = slots
-        self.head = head
+        self.head_bytes = len(head)
         self.open_payload = open_payload
         self.segment = segment  # where its open record is
+        self._head = head
         self._meter = meter
         self._words = words
         self._indices = [counter_index(slot) for slot in slots]
@@ -65,6 +66,11 @@ class Charge:
         """Note the time of the first token; later calls change nothing."""
         if self._first_token_s is None:
             self._first_token_s = self._meter.clock.monotonic()
+
+    def answered_with(self, quantization: str | None) -> None:
+        """The answer comes from another revision than `open` was told of."""
+        self._fields["quantization"] = quantization
+        self._head = self._meter.head(self._fields)
 
     def counted(self) -> Usage:
         """What the slots hold now."""
@@ -97,7 +103,7 @@ class Charge:
             "cached_input_tokens": final.cached_input_tokens,
             "output_tokens": final.output_tokens,
         }
-        payload = b'{"t":"close","event":' + self.head[:-1] + b"," + orjson.dumps(end)[1:] + b"}"
+        payload = b'{"t":"close","event":' + self._head[:-1] + b"," + orjson.dumps(end)[1:] + b"}"
         self.cost_nano_usd = event.cost_nano_usd()
         self._meter.finish(self, event, payload)
         return event

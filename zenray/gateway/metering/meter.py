@@ -132,7 +132,7 @@ class Meter:
             "price": price,
             "at": self.clock.now(),
         }
-        head = orjson.dumps({**fields, "price": self._price_json(price)})
+        head = self.head(fields)
         if len(head) > MAX_HEAD_BYTES:
             raise ValueError(f"{len(head)} bytes to say who asks for what; at most {MAX_HEAD_BYTES} are recorded")
         if len(self._free) < choices <= self.max_streams - self._streams:
@@ -306,7 +306,11 @@ class Meter:
         del self._open[charge.sequence]
         self._freed.extend(charge.slots)
         self._streams -= len(charge.slots)
-        self._owed_bytes -= len(charge.head) + MAX_END_BYTES
+        self._owed_bytes -= charge.head_bytes + MAX_END_BYTES
+
+    def head(self, fields: dict[str, Any]) -> bytes:
+        """What an open and its close share, as JSON."""
+        return orjson.dumps({**fields, "price": self._price_json(fields["price"])})
 
     def _price_json(self, price: Price) -> orjson.Fragment:
         known = self._prices.get(id(price))  # a price that is held here keeps its id to itself
