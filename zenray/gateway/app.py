@@ -277,7 +277,6 @@ class Gateway:
             "gateway_id": self.gateway_id,
             "snapshot_version": self.directory.version,
             "unshipped_events": self.meter.unshipped_events,
-            "last_shipping_error": self._shipper.last_error,
         }
         await reply.json(status, 503 if reasons else 200)
 
