@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from zenray.catalog.catalog import Catalog
-from zenray.control.deployments.feasibility import check_runnable, with_catalogs_defaults
+from zenray.control.deployments.defaults import with_catalogs_defaults
+from zenray.control.deployments.feasibility import check_runnable
+from zenray.control.deployments.machines import Machines, memory_here_bytes
 from zenray.spec.deployments import DeploymentSpec
 from zenray.spec.errors import InvalidValue, ModelNotFound
+from zenray.spec.platform import Nodes
 
 SMALL = "smollm2-135m"  # 9 query heads, 3 key heads, context of 8,192
 LARGE = "zen-72b"
+LAPTOP = Machines(memory_bytes=16 << 30)
+A100 = Machines(Nodes(gpu="A100 80GB", gpus=8))
+H200 = Machines(Nodes(gpu="H200 141GB", gpus=8))
+B200 = Machines(Nodes(gpu="B200 180GB", gpus=8))
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +27,22 @@ def catalog() -> Catalog:
     return Catalog.load()
 
 
-def check(catalog: Catalog, model: str, *, engine: dict[str, object] | None = None, **fields: object) -> None:
+def check(
+    catalog: Catalog,
+    model: str,
+    *,
+    engine: dict[str, object] | None = None,
+    on: Machines = Machines(),
+    sequences: int | None = None,
+    **fields: object,
+) -> None:
     spec = DeploymentSpec.model_validate({"model": model, "version": "1", "engine": engine or {}, **fields})
-    check_runnable(spec, catalog)
+    check_runnable(spec, catalog, on, sequences=sequences)
 
 
-def refusal(catalog: Catalog, model: str, *, engine: dict[str, object] | None = None, **fields: object) -> str:
+def refusal(catalog: Catalog, model: str, **what: object) -> str:
     with pytest.raises(InvalidValue) as refused:
-        check(catalog, model, engine=engine, **fields)
+        check(catalog, model, **what)  # type: ignore[arg-type]
     return str(refused.value)
 
 
@@ -33,7 +50,13 @@ def test_what_runs_today_runs_on(catalog: Catalog) -> None:
     check(catalog, SMALL)
     check(catalog, SMALL, format="awq-int4")
     check(catalog, SMALL, format="mixtral")
-    check(catalog, SMALL, gpus_per_replica=0.5)
+    check(catalog, SMALL, on=LAPTOP)
+
+
+def test_replicas_that_share_a_gpu_share_its_memory(catalog: Catalog) -> None:
+    said = refusal(catalog, SMALL, gpus_per_replica=0.5)
+    assert "would take 0.92 of its memory" in said and "gpu_memory_utilization to 0.46" in said
+    check(catalog, SMALL, gpus_per_replica=0.5, engine={"gpu_memory_utilization": 0.46}, sequences=1)
 
 
 def test_a_format_that_the_device_cannot_run_is_refused(catalog: Catalog) -> None:
@@ -44,7 +67,7 @@ def test_a_format_that_the_device_cannot_run_is_refused(catalog: Catalog) -> Non
 
 
 def test_the_layout_takes_exactly_the_gpus_of_the_replica(catalog: Catalog) -> None:
-    check(catalog, SMALL, engine={"tensor_parallel": 3}, gpus_per_replica=3)
+    check(catalog, SMALL, engine={"tensor_parallel": 3}, gpus_per_replica=3, on=A100)
     assert "takes 6 GPUs" in refusal(
         catalog, SMALL, engine={"tensor_parallel": 3, "pipeline_parallel": 2}, gpus_per_replica=3
     )
@@ -134,7 +157,7 @@ class TestMixtures:
 
     def test_data_parallel_takes_gpus_and_spreads_experts(self, catalog: Catalog) -> None:
         layout = {"tensor_parallel": 2, "data_parallel": 4, "expert_parallel": True, "max_model_len": 8192}
-        check(catalog, self.model, engine=layout, gpus_per_replica=8)
+        check(catalog, self.model, engine=layout, gpus_per_replica=8, on=B200, sequences=8)
         assert "data_parallel 4 takes 8 GPUs" in refusal(catalog, self.model, engine=layout, gpus_per_replica=2)
         assert "data_parallel 7" in refusal(
             catalog, self.model, engine=layout | {"data_parallel": 7}, gpus_per_replica=14
@@ -142,8 +165,9 @@ class TestMixtures:
         check(
             catalog,
             self.model,
-            engine=layout | {"tensor_parallel": 1, "data_parallel": 8},
+            engine=layout | {"tensor_parallel": 1, "data_parallel": 8, "gpu_memory_bytes": 192 << 30},
             gpus_per_replica=8,
+            sequences=8,
         )
 
     def test_experts_in_the_machines_memory_leave_room_on_the_gpu(self, catalog: Catalog) -> None:
@@ -157,3 +181,82 @@ class TestMixtures:
         said = refusal(catalog, self.model, engine=tight, gpus_per_replica=8)
         assert "or expert_offload_bytes" in said
         check(catalog, self.model, engine=tight | {"expert_offload_bytes": 70 << 30}, gpus_per_replica=8)
+
+
+class TestMachines:
+    """What the platform file says of the machines, or what this machine has."""
+
+    def test_a_replica_is_not_larger_than_a_machine(self, catalog: Catalog) -> None:
+        layout = {"tensor_parallel": 8, "pipeline_parallel": 2, "max_model_len": 8192}
+        said = refusal(catalog, "zen-480b", engine=layout, gpus_per_replica=16, on=A100)
+        assert "16 GPUs is larger than a machine, which has 8" in said
+        check(catalog, "zen-480b", engine=layout, gpus_per_replica=16, sequences=1)  # who knows what there is
+        check(catalog, "zen-480b", engine=layout, gpus_per_replica=16, on=Machines(Nodes(gpu="A100 80GB", gpus=16)))
+
+    def test_the_gpu_is_the_platforms_or_else_the_familys(self, catalog: Catalog) -> None:
+        short = {"tensor_parallel": 2, "max_model_len": 8192, "max_num_seqs": 16}
+        assert "2 such sequences fit" in refusal(catalog, LARGE, engine=short, gpus_per_replica=2, on=A100)
+        check(catalog, LARGE, engine=short, gpus_per_replica=2, on=H200)
+        unknown = refusal(catalog, LARGE, engine=short, gpus_per_replica=2)
+        assert "It is taken for a A100 80GB: name yours in `nodes`" in unknown
+        check(catalog, LARGE, engine=short | {"gpu_memory_bytes": 141_000_000_000}, gpus_per_replica=2)
+
+    def test_for_what_nobody_asked_there_need_not_be_memory(self, catalog: Catalog) -> None:
+        layout = {"tensor_parallel": 4, "max_num_seqs": 16}
+        assert "for 16 sequences of 131,072 tokens" in refusal(catalog, LARGE, engine=layout, gpus_per_replica=4)
+        check(catalog, LARGE, engine=layout, gpus_per_replica=4, sequences=1)
+
+    def test_without_gpus_the_machines_memory_must_hold_it(self, catalog: Catalog) -> None:
+        said = refusal(catalog, LARGE, on=LAPTOP)
+        assert "without GPUs it needs 135.1 GiB" in said and "the machine has 16.0 GiB" in said
+        assert "gpus_per_replica 4, engine.tensor_parallel 4" in said
+        check(catalog, "zen-3b", on=LAPTOP)
+        assert "needs" in refusal(catalog, "zen-3b", on=LAPTOP, engine={"kv_cache_bytes": 15 << 30})
+        check(catalog, LARGE, on=LAPTOP, engine={"kind": "scripted"})
+
+    def test_a_container_has_what_it_is_given(self, tmp_path: Path) -> None:
+        limit = tmp_path / "memory.max"
+        limit.write_text("1048576\n")
+        assert memory_here_bytes(limit) == 1 << 20
+        limit.write_text("max\n")
+        assert memory_here_bytes(limit) == memory_here_bytes(tmp_path / "none") > 1 << 28
+
+
+class TestCatalogsLayout:
+    """A deployment that says nothing of it runs on GPUs as the catalog has it."""
+
+    def filled(self, catalog: Catalog, on: Machines, **document: object) -> DeploymentSpec:
+        spec = DeploymentSpec.model_validate({"model": LARGE, "version": "1"} | document)
+        filled = with_catalogs_defaults(spec, catalog.get(spec.model), on)
+        check_runnable(filled, catalog, on, sequences=1)
+        return filled
+
+    def test_layout_gpus_batch_and_format(self, catalog: Catalog) -> None:
+        spec = self.filled(catalog, A100)
+        assert (spec.engine.tensor_parallel, spec.engine.pipeline_parallel, spec.gpus_per_replica) == (4, 1, 4)
+        assert (spec.engine.max_num_seqs, spec.format) == (16, "safetensors")
+        assert self.filled(catalog, A100, model="zen-7b").format == "gptq-int8"
+
+    def test_what_is_written_stays_even_if_it_is_the_default(self, catalog: Catalog) -> None:
+        spec = self.filled(
+            catalog, H200, format="safetensors", engine={"tensor_parallel": 8, "max_num_seqs": 64, "kind": "vllm"}
+        )
+        assert (spec.engine.tensor_parallel, spec.gpus_per_replica, spec.engine.max_num_seqs) == (8, 8, 64)
+        own = self.filled(catalog, A100, gpus_per_replica=8, engine={"tensor_parallel": 8})
+        assert (own.engine.tensor_parallel, own.gpus_per_replica) == (8, 8)
+        assert self.filled(catalog, A100, model=SMALL, gpus_per_replica=0).engine.tensor_parallel == 1
+
+    @pytest.mark.parametrize("machines", [Machines(), LAPTOP])
+    def test_without_gpus_nothing_is_filled_in(self, catalog: Catalog, machines: Machines) -> None:
+        spec = DeploymentSpec(model=SMALL, version="1")
+        assert with_catalogs_defaults(spec, catalog.get(SMALL), machines) is spec
+
+    def test_every_layout_of_the_catalog_that_a_machine_holds_can_run(self, catalog: Catalog) -> None:
+        refused = set()
+        for entry in catalog:
+            try:
+                self.filled(catalog, A100, model=entry.name)
+            except InvalidValue as error:
+                assert "larger than a machine" in str(error)
+                refused.add(entry.name)
+        assert refused == {entry.name for entry in catalog if entry.serving.gpus > 8} != set()

@@ -30,6 +30,7 @@ from zenray.control.db.migrate import migrate
 from zenray.control.db.published import raise_floor
 from zenray.control.deployments.applications import ApplicationFactory
 from zenray.control.deployments.canaries import CanaryWatch
+from zenray.control.deployments.machines import Machines, memory_here_bytes
 from zenray.control.deployments.reconciler import Reconciler
 from zenray.control.edge.routes import edge_router
 from zenray.control.edge.snapshot import SnapshotFeed
@@ -111,6 +112,7 @@ def build_control(
         backend=backend,
         reconciler=reconciler,
         key_prefix=config.key_prefix,
+        machines=Machines(config.nodes, memory_here_bytes() if config.backend == "local" else None),
     )
     feed = SnapshotFeed(database)
     edge_door = TokenDoor(load_token(config.path(config.edge_token_file, "edge.token")), what="edge token")

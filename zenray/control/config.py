@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from zenray.spec.platform import ControlSettings, StorageSettings
+from zenray.spec.platform import ControlSettings, Nodes, StorageSettings
 
 
 class ControlConfig(ControlSettings):
@@ -23,6 +23,7 @@ class ControlConfig(ControlSettings):
     serve_port: int = Field(8000, ge=1, le=65535, description="Where Ray Serve's proxy listens.")
     catalog_dirs: tuple[Path, ...] = ()
     key_prefix: str = Field("sk-zen-", pattern=r"^[a-z0-9-]{2,20}$")
+    nodes: Nodes | None = Field(None, description="The cluster's machines, where the platform file says them.")
     cache_dir: Path | None = Field(None, description="Where nodes keep verified weights; None: cache in state_dir.")
 
     jobs_dir: Path | None = Field(None, description="Where jobs keep what they download and make; None: in state_dir.")

@@ -9,6 +9,7 @@ from zenray.cluster.base import ClusterBackend
 from zenray.control.auth.tokens import TokenDoor
 from zenray.control.db.engine import Database
 from zenray.control.deployments.applications import ApplicationFactory
+from zenray.control.deployments.machines import Machines
 from zenray.control.deployments.reconciler import Reconciler
 from zenray.control.deployments.service import VersionSource
 from zenray.spec.clock import Clock
@@ -27,3 +28,4 @@ class ControlContext:
     backend: ClusterBackend
     reconciler: Reconciler
     key_prefix: str
+    machines: Machines

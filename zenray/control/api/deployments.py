@@ -14,7 +14,8 @@ from zenray.control.api.schemas import (
     VersionRow,
     route_urls,
 )
-from zenray.control.deployments.feasibility import check_runnable, with_catalogs_defaults
+from zenray.control.deployments.defaults import with_catalogs_defaults
+from zenray.control.deployments.feasibility import check_runnable
 from zenray.control.deployments.repository import Loaded, events_of, load_all
 from zenray.control.deployments.service import get_deployment, put_deployment, stop_deployment
 from zenray.spec.deployments import DeploymentSpec, DeploymentState
@@ -33,9 +34,10 @@ def deployments_router(control: ControlContext) -> APIRouter:
         """Asks for exactly this. Another spec is rolled out beside the old one, which serves until it is ready."""
         if body.model != model:
             raise InvalidValue(f"The body names {body.model!r}, the address {model!r}.", param="model")
-        body = with_catalogs_defaults(body, control.catalog.get(model))
-        check_runnable(body, control.catalog)
-        spec = control.versions.resolve(body)  # asks object storage: before the session
+        wish = with_catalogs_defaults(body, control.catalog.get(model), control.machines)
+        asked = None if "max_num_seqs" in body.engine.model_fields_set else 1
+        check_runnable(wish, control.catalog, control.machines, sequences=asked)
+        spec = control.versions.resolve(wish)  # asks object storage: before the session
         with database.write() as session:
             return deployment_row(put_deployment(session, spec, control.applications, now=clock.now()))
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from zenray.catalog.catalog import Catalog
 from zenray.catalog.entries import ModelEntry
 from zenray.catalog.memory import GpuMemory, Layout, check_layout, memory_per_gpu
-from zenray.spec.deployments import ContextScaling, DeploymentSpec
+from zenray.control.deployments.machines import Machines
+from zenray.spec.deployments import DeploymentSpec
 from zenray.spec.errors import InvalidValue
 
 _ON_NO_DEVICE = frozenset({"gguf"})
@@ -17,19 +18,13 @@ _ON_GPUS_ONLY = frozenset({"gptq-int8"})
 _BYTES_PER_VALUE = {"auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
 
 
-def with_catalogs_defaults(spec: DeploymentSpec, entry: ModelEntry) -> DeploymentSpec:
-    """The spec with YaRN as the catalog has it, where it is needed to reach the asked context and is not given."""
-    engine = spec.engine
-    asked_tokens = engine.max_model_len or entry.context_tokens
-    if entry.yarn is None or engine.context_scaling is not None or asked_tokens <= entry.yarn.original_tokens:
-        return spec
-    scaling = ContextScaling(factor=entry.yarn.factor, original_tokens=entry.yarn.original_tokens)
-    return spec.model_copy(update={"engine": engine.model_copy(update={"context_scaling": scaling})})
-
-
-def check_runnable(spec: DeploymentSpec, catalog: Catalog) -> None:
+def check_runnable(
+    spec: DeploymentSpec, catalog: Catalog, machines: Machines = Machines(), *, sequences: int | None = None
+) -> None:
     """InvalidValue when this deployment could never start, saying what to change. A scripted engine runs anything.
 
+    `sequences`: for so many of the whole context there must be memory; None: for the spec's `max_num_seqs`. (What
+    nobody asked for is only a bound: vLLM takes in fewer while the cache is full.)
     ModelNotFound for a model, or a draft's, that the catalog does not have.
     """
     entry = catalog.get(spec.model)
@@ -37,6 +32,7 @@ def check_runnable(spec: DeploymentSpec, catalog: Catalog) -> None:
         return
     _check_format(spec.format, spec.gpus_per_replica)
     _check_gpus(spec)
+    _check_machines(spec, entry, machines)
     _check_context(spec, entry)
     if spec.engine.draft is not None and spec.engine.draft.model is not None:
         _check_draft(spec, entry, catalog.get(spec.engine.draft.model))
@@ -49,7 +45,7 @@ def check_runnable(spec: DeploymentSpec, catalog: Catalog) -> None:
             )
         if spec.engine.gpus > 1:
             check_layout(entry.dimensions, _layout(spec))
-        _check_memory(spec, entry, catalog)
+        _check_memory(spec, entry, catalog, machines, sequences or spec.engine.max_num_seqs)
 
 
 def _check_format(format: str, gpus: float, param: str = "format") -> None:
@@ -90,12 +86,44 @@ def _check_gpus(spec: DeploymentSpec) -> None:
             hint="Set engine.tensor_parallel (or pipeline_parallel, data_parallel), or gpus_per_replica to 1.",
             param="gpus_per_replica",
         )
+    if 0 < spec.gpus_per_replica < 1 and engine.gpu_memory_utilization > spec.gpus_per_replica:
+        raise InvalidValue(
+            f"A replica has {spec.gpus_per_replica:g} of a GPU and would take {engine.gpu_memory_utilization:g} of its "
+            "memory: the next replica there finds none.",
+            hint=f"Set engine.gpu_memory_utilization to {0.92 * spec.gpus_per_replica:.2g}.",
+            param="engine.gpu_memory_utilization",
+        )
     if engine.expert_offload_bytes and not spec.gpus_per_replica:
         raise InvalidValue(
             "expert_offload_bytes moves experts from a GPU to the machine's memory, and gpus_per_replica is 0.",
             hint="Leave it out: on a CPU all of the model is there.",
             param="engine.expert_offload_bytes",
         )
+
+
+def _check_machines(spec: DeploymentSpec, entry: ModelEntry, machines: Machines) -> None:
+    """All GPUs of a replica are in one machine: its process holds them. On CPUs that machine's memory holds it all."""
+    serving = entry.serving
+    if machines.nodes is not None and max(spec.engine.gpus, spec.gpus_per_replica) > machines.nodes.gpus:
+        raise InvalidValue(
+            f"A replica of {max(spec.engine.gpus, spec.gpus_per_replica):g} GPUs is larger than a machine, which has "
+            f"{machines.nodes.gpus}; replicas over several machines are not built.",
+            hint="Use a quantized format or expert_offload_bytes, or machines with more or larger GPUs.",
+            param="gpus_per_replica",
+        )
+    needed_bytes = entry.parameters.total * _bytes_per_parameter(spec, entry, spec.format) + spec.engine.kv_cache_bytes
+    if spec.gpus_per_replica or machines.memory_bytes is None or needed_bytes <= machines.memory_bytes:
+        return
+    raise InvalidValue(
+        f"{spec.model} does not fit: without GPUs it needs {needed_bytes / 2**30:.1f} GiB of memory for weights and KV "
+        f"cache, and the machine has {machines.memory_bytes / 2**30:.1f} GiB.",
+        hint=(
+            f"The catalog's layout: gpus_per_replica {serving.gpus}, engine.tensor_parallel {serving.tensor_parallel}, "
+            f"engine.pipeline_parallel {serving.pipeline_parallel}, {serving.quantization}. "
+            "Say in `nodes` of the platform file which GPUs there are, and it is the default."
+        ),
+        param="gpus_per_replica",
+    )
 
 
 def _check_context(spec: DeploymentSpec, entry: ModelEntry) -> None:
@@ -142,57 +170,73 @@ def _check_draft(spec: DeploymentSpec, entry: ModelEntry, draft: ModelEntry) -> 
         )
 
 
-def _check_memory(spec: DeploymentSpec, entry: ModelEntry, catalog: Catalog) -> None:
-    """Weights and the KV cache of `max_num_seqs` sequences of the whole context, of the model and of its draft."""
+def _check_memory(
+    spec: DeploymentSpec, entry: ModelEntry, catalog: Catalog, machines: Machines, sequences: int
+) -> None:
+    """Weights and the KV cache of `sequences` of the whole context, of the model and of its draft.
+
+    Of a GPU that nobody names: the one for which the family's layouts are made.
+    """
     engine = spec.engine
-    if not spec.gpus_per_replica or engine.gpu_memory_bytes is None:
+    if not spec.gpus_per_replica:
         return
-    stages = _memory(spec, entry, spec.format, _layout(spec))
-    draft_bytes = _draft_bytes(spec, catalog)  # the last stage has it
+    known_bytes = engine.gpu_memory_bytes or machines.gpu_memory_bytes
+    gpu_bytes = known_bytes or catalog.family.serving.gpu_memory_bytes
+    per_rank = -(-sequences // engine.data_parallel)
+    stages = _memory(spec, entry, spec.format, _layout(spec), per_rank)
+    draft_bytes = _draft_bytes(spec, catalog, per_rank)  # the last stage has it
     fullest = max(stages, key=lambda gpu: gpu.total_bytes + (draft_bytes if gpu is stages[-1] else 0))
     parts = {"weights": fullest.weights_bytes - fullest.offloaded_bytes, "KV cache": fullest.kv_cache_bytes}
     if draft_bytes and fullest is stages[-1]:
         parts["draft"] = draft_bytes
-    usable_bytes = engine.gpu_memory_bytes * engine.gpu_memory_utilization
+    usable_bytes = gpu_bytes * engine.gpu_memory_utilization
     if sum(parts.values()) <= usable_bytes:
         return
-    each_bytes = fullest.kv_cache_bytes / spec.engine.sequences_per_rank
+    each_bytes = fullest.kv_cache_bytes / per_rank
     fitting = int((usable_bytes - sum(parts.values()) + parts["KV cache"]) // each_bytes) if each_bytes else 0
     context_tokens = engine.max_model_len or entry.context_tokens
+    assumed = "" if known_bytes else f"It is taken for a {catalog.family.serving.gpu}: name yours in `nodes`. "
     added_up = " + ".join(f"{size / 2**30:.1f} GiB {name}" for name, size in parts.items())
     raise InvalidValue(
         f"{spec.model} does not fit: each GPU needs {added_up} = {sum(parts.values()) / 2**30:.1f} GiB for "
-        f"{engine.sequences_per_rank} sequences of {context_tokens:,} tokens, and {usable_bytes / 2**30:.1f} GiB of it "
-        "may be used.",
+        f"{per_rank} sequence{'s' * (per_rank > 1)} of {context_tokens:,} tokens, and {usable_bytes / 2**30:.1f} GiB "
+        "of it may be used.",
         hint=(
-            f"{fitting} such sequences fit: lower max_num_seqs or max_model_len, or use more GPUs."
+            assumed + f"{fitting} such sequences fit: lower max_num_seqs or max_model_len, or use more GPUs."
             if fitting > 0
-            else "Not one such sequence fits: use more GPUs (tensor_parallel), a smaller max_model_len, a quantized "
+            else assumed
+            + "Not one such sequence fits: use more GPUs (tensor_parallel), a smaller max_model_len, a quantized "
             "format, or expert_offload_bytes."
         ),
         param="engine",
     )
 
 
-def _draft_bytes(spec: DeploymentSpec, catalog: Catalog) -> int:
+def _draft_bytes(spec: DeploymentSpec, catalog: Catalog, sequences: int) -> int:
     draft = spec.engine.draft
     entry = catalog.get(draft.model) if draft is not None and draft.model is not None else None
     if draft is None or entry is None or entry.dimensions is None:
         return 0
-    return _memory(spec, entry, draft.format, Layout(spec.engine.tensor_parallel))[0].total_bytes
+    return _memory(spec, entry, draft.format, Layout(spec.engine.tensor_parallel), sequences)[0].total_bytes
 
 
-def _memory(spec: DeploymentSpec, entry: ModelEntry, format: str, layout: Layout) -> tuple[GpuMemory, ...]:
-    assert entry.dimensions is not None
-    value_bytes = _BYTES_PER_VALUE[spec.engine.dtype]
+def _bytes_per_parameter(spec: DeploymentSpec, entry: ModelEntry, format: str) -> float:
     stored = {q.storage_format: q.bytes_per_parameter for q in entry.quantizations if q.storage_format != "safetensors"}
+    return stored.get(format, _BYTES_PER_VALUE[spec.engine.dtype])
+
+
+def _memory(
+    spec: DeploymentSpec, entry: ModelEntry, format: str, layout: Layout, sequences: int
+) -> tuple[GpuMemory, ...]:
+    """`sequences`: of one data parallel rank."""
+    assert entry.dimensions is not None
     return memory_per_gpu(
         entry.dimensions,
         layout,
-        bytes_per_parameter=stored.get(format, value_bytes),
-        sequences=spec.engine.sequences_per_rank,
+        bytes_per_parameter=_bytes_per_parameter(spec, entry, format),
+        sequences=sequences,
         context_tokens=spec.engine.max_model_len or entry.context_tokens,
-        bytes_per_cached_value=value_bytes,
+        bytes_per_cached_value=_BYTES_PER_VALUE[spec.engine.dtype],
         expert_offload_bytes=spec.engine.expert_offload_bytes if entry.name == spec.model else 0,
     )
 
