@@ -5,7 +5,7 @@
 Three gateways of one process each, before one nginx: 10 keys and 1 deployment; 10,000 keys; 100 deployments. wrk, 16
 clients, asks each in turn, every request with another key and model. Compared is the processor time per request, which
 other programs on the machine disturb less than the clock. Then the first gateway alone answers a million requests (with
---quick 50,000): its resident set is noted every tenth, and the first tenth is warming up.
+--quick 20,000): its resident set is noted every tenth, and the first tenth is warming up.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Grown:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, 50,000 requests for memory")
-    rounds, seconds, filling = (8, 2, 50_000) if parser.parse_args().quick else (15, 5, 1_000_000)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, 20,000 requests for memory")
+    rounds, seconds, filling = (4, 2, 20_000) if parser.parse_args().quick else (15, 5, 1_000_000)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         upstream = stack.enter_context(upstream_up(folder, delay_s=0.005))
