@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from zenray.catalog.comparison import Comparison, compare
 from zenray.catalog.entries import ModelEntry
 from zenray.cli.home import Home
-from zenray.cli.output import console, show_facts, show_json, show_table
+from zenray.cli.model_sheet import in_bytes, in_usd, in_words, show_sheet
+from zenray.cli.output import console, show_json, show_table
 from zenray.control.registry import service as registry
 from zenray.spec.errors import CorruptData, InvalidValue, NotFound
-from zenray.spec.money import Price
 from zenray.spec.platform import Platform
 from zenray.spec.versions import Manifest
 from zenray.storage.base import ObjectStore
@@ -52,25 +51,7 @@ def show(model: str, as_json: AsJson = False) -> None:
     if as_json:
         show_json(entry.model_dump(mode="json") | {"versions": [v.model_dump(mode="json") for v in versions]})
         return
-    show_facts(_facts(entry))
-    if entry.quantizations:
-        show_table(
-            ["quantization", "#bytes per parameter", "#memory for weights"],
-            [[q.name, f"{q.bytes_per_parameter:g}", _bytes(q.memory_bytes)] for q in entry.quantizations],
-            title="\nQuantizations",
-        )
-    comparisons = compare(entry)
-    if comparisons:
-        show_table(
-            ["claimed against computed", "#claimed", "#computed", "#deviation"],
-            [[f"{c.what} ({c.unit})" if c.unit else c.what, *_compared(c)] for c in comparisons],
-            title="\nArithmetic",
-        )
-    scores = [[s.benchmark, s.setting, f"{s.score:g}", s.source] for s in entry.claims.scores]
-    if scores:
-        show_table(["benchmark", "setting", "#claimed score", "source"], scores, title="\nScores that documents claim")
-    for note in entry.notes:
-        console.print(f"[dim]note:[/dim] {note}", markup=True)
+    show_sheet(entry)
     _show_versions(versions)
 
 
@@ -98,7 +79,7 @@ def pull(
     home = Home.from_environment()
     pulled = pull_model(home, home.catalog().get(model), open_store(home.storage()), source, version)
     manifest = pulled.manifest
-    size = f"{len(manifest.files)} files, {_bytes(manifest.size_bytes)}"
+    size = f"{len(manifest.files)} files, {in_bytes(manifest.size_bytes)}"
     console.print(f"{manifest.ref}: {size}" if pulled.created else f"{manifest.ref}: already there ({size})")
     for note in pulled.notes:
         console.print(f"[dim]note:[/dim] {escape(note)}")
@@ -159,41 +140,14 @@ def pull_missing(home: Home, platform: Platform) -> None:
 def _catalog_row(entry: ModelEntry, published: bool) -> list[str]:
     return [
         entry.name,
-        _count(entry.parameters.total),
-        _count(entry.parameters.active),
+        in_words(entry.parameters.total),
+        in_words(entry.parameters.active),
         str(entry.experts) if entry.experts > 1 else "dense",
         f"{entry.context_tokens:,}",
-        *(f"{usd}{'*' if entry.price_derived else ''}" for usd in _usd(entry.price)),
+        *(f"{usd}{'*' if entry.price_derived else ''}" for usd in in_usd(entry.price)),
         f"{entry.rate_limit.requests_per_minute}/min{'*' if entry.rate_limit.derived else ''}",
         "yes" if published else "",
     ]
-
-
-def _facts(entry: ModelEntry) -> dict[str, str]:
-    price_in, price_out = _usd(entry.price)
-    facts = {
-        "model": f"{entry.name}: {entry.summary}",
-        "parameters": f"{_count(entry.parameters.total)} in all, {_count(entry.parameters.active)} active",
-        "experts": f"{entry.experts}" if entry.experts > 1 else "dense",
-        "context": f"{entry.context_tokens:,} tokens",
-        "modalities": ", ".join(entry.modalities),
-        "price": f"${price_in} in, ${price_out} out per 1,000 tokens{' (derived)' if entry.price_derived else ''}",
-        "limit": f"{entry.rate_limit.requests_per_minute} requests a minute and key"
-        f"{' (derived)' if entry.rate_limit.derived else ''}",
-        "GPUs": f"{entry.serving.gpus} (tensor parallel {entry.serving.tensor_parallel}, pipeline parallel "
-        f"{entry.serving.pipeline_parallel}), {_bytes(entry.serving.gpu_memory_bytes)}",
-        "license": entry.license,
-    }
-    if entry.variant_of:
-        facts["variant of"] = f"{entry.variant_of}: {entry.differs}"
-    return facts
-
-
-def _compared(comparison: Comparison) -> tuple[str, str, str]:
-    def number(value: float) -> str:
-        return _count(round(value)) if value >= 10**6 else f"{round(value, 1):,.10g}"
-
-    return number(comparison.claimed), number(comparison.computed), f"{comparison.deviation:+.1%}"
 
 
 def _show_versions(found: list[Manifest]) -> None:
@@ -206,7 +160,7 @@ def _show_versions(found: list[Manifest]) -> None:
             [
                 manifest.ref.version,
                 manifest.ref.format,
-                _bytes(manifest.size_bytes),
+                in_bytes(manifest.size_bytes),
                 datetime.fromtimestamp(manifest.created_at, UTC).strftime("%Y-%m-%d %H:%M"),
                 manifest.parents.source or manifest.parents.training_job or "",
             ]
@@ -214,22 +168,3 @@ def _show_versions(found: list[Manifest]) -> None:
         ],
         title="\nVersions",
     )
-
-
-def _usd(price: Price) -> tuple[str, str]:
-    return f"{price.input_usd_per_1k:f}", f"{price.output_usd_per_1k:f}"
-
-
-def _count(parameters: int) -> str:
-    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
-        if parameters >= unit:
-            return f"{parameters / unit:.4g}{name}"
-    return str(parameters)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
