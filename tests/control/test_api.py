@@ -341,3 +341,19 @@ async def test_what_the_database_did_not_take_is_not_in_the_log(
     error_of(await client.ask("POST", "/admin/orgs", {"name": "acme"}), 503)
     assert "no_such_function" in caplog.text and "INSERT INTO orgs" in caplog.text
     assert "the-salt-of-acme" not in caplog.text
+
+
+async def test_a_model_that_a_user_adds_is_known_at_once(tmp_path: Path, migrated_sqlite: Path) -> None:
+    folder = tmp_path / "catalog"
+    folder.mkdir()
+    config = ControlConfig(state_dir=tmp_path / "state", catalog_dirs=(folder,))
+    config.state_dir.mkdir()
+    shutil.copy(migrated_sqlite, config.state_dir / "control.db")
+    built = build_control(config, backend=FakeCluster(), store=FakeStore(), reconcile=False)
+    client = Client(built, config.state_dir)
+    error_of(await client.ask("GET", "/admin/models/mine/versions"), 404)
+    about = "name: mine\nfamily: mine\nsummary: Mine.\nparameters: {total: 1000, active: 1000}\ncontext_tokens: 8192\n"
+    (folder / "mine.yaml").write_text(about)
+    assert (await client.ask("GET", "/admin/models/mine/versions")).json()["data"] == []
+    await client.close()
+    built.database.close()

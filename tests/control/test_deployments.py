@@ -39,7 +39,7 @@ class Platform:
         self.clock = FakeClock()
         self.cluster = FakeCluster(self.clock, start_s=5.0, stop_s=2.0)
         self.canaries = CanaryWatch()
-        self.reconciler = Reconciler(database, self.cluster, catalog, self.clock, self.canaries)
+        self.reconciler = Reconciler(database, self.cluster, lambda: catalog, self.clock, self.canaries)
 
     def put(self, version: str = "1", model: str = MODEL, **changes: object) -> Loaded:
         spec = DeploymentSpec.model_validate({"model": model, "version": version, **changes})
@@ -382,7 +382,7 @@ def test_a_model_taken_out_of_the_catalog_loses_its_route_and_no_other_does(
     platform.put(model="zen-600m")
     platform.rounds(8)
     smaller = Catalog([entry for entry in catalog if entry.name != MODEL], catalog.family)
-    Reconciler(database, platform.cluster, smaller, platform.clock).step()
+    Reconciler(database, platform.cluster, lambda: smaller, platform.clock).step()
     assert platform.route() is None and platform.route("zen-600m") is not None
     message = platform.look().view.message
     assert message is not None and "catalog has no model" in message
@@ -393,7 +393,7 @@ def test_a_control_that_starts_anew_goes_on_where_the_last_one_stopped(
 ) -> None:
     platform.put()
     platform.rounds(2)
-    again = Reconciler(database, platform.cluster, catalog, platform.clock)
+    again = Reconciler(database, platform.cluster, lambda: catalog, platform.clock)
     for _ in range(8):
         again.step()
         platform.clock.advance(1.0)

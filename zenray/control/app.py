@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from zenray import __version__
 from zenray.catalog.catalog import Catalog
+from zenray.catalog.live import LiveCatalog
 from zenray.cluster.base import ClusterBackend
 from zenray.control.api.accounts import accounts_router
 from zenray.control.api.context import ControlContext
@@ -94,18 +95,18 @@ def build_control(
     migrate(database)
     with database.write() as session:
         raise_floor(session)
-    catalog = catalog or Catalog.load(config.catalog_dirs)
+    catalog_now = LiveCatalog(config.catalog_dirs).now if catalog is None else lambda: catalog
     store = store or open_store(storage)
     backend = backend or _backend(config)
     canaries = CanaryWatch()
-    reconciler = Reconciler(database, backend, catalog, clock, canaries)
+    reconciler = Reconciler(database, backend, catalog_now, clock, canaries)
     work_dir = str(config.path(config.jobs_dir, "jobs"))
     jobs = JobReconciler(database, backend, store, clock, storage=storage, work_dir=work_dir)
     context = ControlContext(
         database=database,
         clock=clock,
         admin_door=TokenDoor(load_token(config.path(config.admin_token_file, "admin.token")), what="admin token"),
-        catalog=catalog,
+        catalog_now=catalog_now,
         store=store,
         versions=StoredVersions(store),
         applications=ApplicationFactory(storage, str(config.path(config.cache_dir, "cache"))),

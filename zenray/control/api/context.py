@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from zenray.catalog.catalog import Catalog
@@ -21,7 +22,7 @@ class ControlContext:
     database: Database
     clock: Clock
     admin_door: TokenDoor
-    catalog: Catalog
+    catalog_now: Callable[[], Catalog]
     store: ObjectStore
     versions: VersionSource
     applications: ApplicationFactory
@@ -29,3 +30,7 @@ class ControlContext:
     reconciler: Reconciler
     key_prefix: str
     machines: Machines
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.catalog_now()

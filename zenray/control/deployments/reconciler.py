@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -32,13 +33,13 @@ class Reconciler:
         self,
         database: Database,
         backend: ClusterBackend,
-        catalog: Catalog,
+        catalog_now: Callable[[], Catalog],
         clock: Clock,
         canaries: CanaryWatch | None = None,
     ) -> None:
         self._database = database
         self._backend = backend
-        self._catalog = catalog
+        self._catalog_now = catalog_now
         self._clock = clock
         self._canaries = canaries or CanaryWatch()
         self._refusal: str | None = None  # why Ray Serve did not take the wish, until it takes one
@@ -78,7 +79,7 @@ class Reconciler:
         route = None
         if status is not None:
             try:
-                route = route_of(after, loaded.applications, status, self._catalog, created_at=loaded.created_at)
+                route = route_of(after, loaded.applications, status, self._catalog_now(), created_at=loaded.created_at)
             except ModelNotFound as error:  # its entry was taken out of the catalog: without a price, no traffic
                 after = replace(after, message=str(error))
         route_changes = status is not None and (route.model_dump_json() if route else None) != loaded.published
