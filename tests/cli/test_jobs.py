@@ -14,6 +14,7 @@ from tests.cli.test_commands import Zenray, control, zenray  # noqa: F401
 from zenray.cli import following
 from zenray.cli.client import ControlClient
 from zenray.cli.commands import runs
+from zenray.cli.commands.jobs import run_time
 from zenray.cluster.fake import FakeCluster
 from zenray.control.app import Control
 from zenray.spec.errors import Unavailable
@@ -172,6 +173,13 @@ class TestOnAPlatform:
         job_file.write_text(JOB.replace("dense}", "dense, version: v4}"))
         assert "v3/safetensors" in zenray("run", str(job_file), fails=True)
         assert json.loads(zenray("jobs", "list", "--json")) == []
+
+
+def test_a_job_s_run_time_ends_with_it() -> None:
+    queued = {"started_at": None, "ended_at": None}
+    assert run_time(queued, now=1000.0) is None
+    assert run_time(queued | {"started_at": 100.0}, now=1000.0) == "15 min"
+    assert run_time({"started_at": 100.0, "ended_at": 130.0}, now=1000.0) == "30 s"
 
 
 SCRIPT = """

@@ -24,6 +24,9 @@ from zenray.cli.home import Home, RunningPart, RunningPlatform
 from zenray.cluster.session import SessionRecord
 from zenray.spec.errors import Unavailable
 from zenray.spec.platform import StorageSettings
+from zenray.spec.versions import VersionRef
+from zenray.storage.opening import open_store
+from zenray.storage.versions import publish
 
 HOLDER = """
 from zenray.cli.home import Home
@@ -59,7 +62,7 @@ def announce(home: Home, supervisor_pid: int, **changes: Any) -> None:
         storage=StorageSettings(uri=f"file:{home.root / 'store'}"),
         key_prefix="sk-zen-",
         parts=[
-            RunningPart(name="control", pid=11, restarts=4, is_up=False, log=log),
+            RunningPart(name="control", pid=11, restarts=4, is_running=False, log=log),
             RunningPart(name="gateway", pid=12, log="g"),
         ],
     )
@@ -132,11 +135,30 @@ def test_status_shows_the_parts_when_control_is_away(
         announce(home, os.getpid())
         shown = zenray("status", fails=True)
         as_json = zenray("status", "--json", fails=True)
-    assert "to be started again" in shown and "gateway" in shown
+    assert "restarting" in shown and "gateway" in shown
     assert "http://127.0.0.1:2 does not answer" in shown and "control.log" in shown
     assert "`zenray status`" not in shown, "that is what was just asked"
     document, _ = json.JSONDecoder().raw_decode(as_json)
     assert document["control"] is None and document["platform"]["parts"][0]["restarts"] == 4
+
+
+def test_status_shows_what_is_asked_for_before_it_serves(
+    home: Home,
+    zenray: Zenray,  # noqa: F811
+    control: TestClient,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "weights.bin").write_bytes(b"w")
+    publish(open_store(home.storage()), VersionRef(model=MODEL, version="v1"), tmp_path / "made")
+    with home.held():
+        announce(home, os.getpid(), storage=home.storage())
+        assert "Nothing is deployed yet" in zenray("status")
+        zenray("deploy", MODEL, "--no-wait")
+        shown = zenray("status")
+    (row,) = [line for line in shown.splitlines() if line.startswith(MODEL)]
+    assert row.split()[1:3] == ["pending", "0"] and row.split()[3].startswith("smollm2-135m-"), shown
+    assert "Every balance is the sum" in shown
 
 
 class FakeSupervisor:

@@ -28,7 +28,7 @@ class RunningPart(BaseModel):
     name: str
     pid: int | None
     restarts: int = 0
-    is_up: bool = True
+    is_running: bool = True
     log: str
 
 

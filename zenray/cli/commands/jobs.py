@@ -27,14 +27,15 @@ def list_jobs(as_json: Json = False) -> None:
         show_json(rows)
         return
     show_table(
-        ["job", "kind", "state", "#attempt", "begun", "makes", "progress", "message"],
+        ["job", "kind", "state", "#attempt", "asked for", "#run time", "makes", "progress", "message"],
         [
             [
                 row["id"],
                 row["kind"],
                 row["state"],
                 row["attempt"],
-                _ago(row["created_at"]),
+                f"{_span(time.time() - row['created_at'])} ago",
+                run_time(row, time.time()),
                 row["into"],
                 _progress(row),
                 (row["message"] or "").splitlines()[0] if row["message"] else None,
@@ -58,14 +59,14 @@ def show(job: Name, as_json: Json = False) -> None:
         "message": row["message"],
         "makes": row["into"],
         "attempt": row["attempt"],
-        "begun": _ago(row["created_at"]),
+        "asked for": f"{_span(time.time() - row['created_at'])} ago",
+        "run time": run_time(row, time.time()),
         "progress": _progress(row),
     }
     show_facts({name: value for name, value in facts.items() if value})
     console.print()
     for event in row["events"]:
-        at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
-        console.print(f"[dim]{at}[/dim]  ", end="")
+        console.print(f"[dim]{_clock(event['at'])}[/dim]  ", end="")
         console.print(in_words(parse_event(event)), markup=False)
     if row["result"]:
         console.print()
@@ -110,9 +111,22 @@ def _progress(row: dict[str, Any]) -> str | None:
     return f"step {event.step + 1}, {step_in_words(event)}" if isinstance(event, Step) else in_words(event)
 
 
-def _ago(at: float) -> str:
-    seconds = max(0, round(time.time() - at))
+def run_time(row: dict[str, Any], now: float) -> str | None:
+    """How long a job has run, from its first start to its end or until now; None for one that never started."""
+    if row["started_at"] is None:
+        return None
+    return _span((row["ended_at"] or now) - row["started_at"])
+
+
+def _span(seconds: float) -> str:
+    whole = max(0, round(seconds))
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size} {unit} ago"
-    return f"{seconds} s ago"
+        if whole >= 2 * size:
+            return f"{whole // size} {unit}"
+    return f"{whole} s"
+
+
+def _clock(at: float) -> str:
+    """The time of day; with the date where that is not today's."""
+    then, now = time.localtime(at), time.localtime()
+    return time.strftime("%H:%M:%S" if then[:3] == now[:3] else "%Y-%m-%d %H:%M:%S", then)

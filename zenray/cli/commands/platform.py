@@ -109,20 +109,20 @@ def _show_platform(running: RunningPlatform, home: Home) -> None:
     )
     show_table(
         ["part", "state", "#pid", "#restarts", "log"],
-        [[p.name, "up" if p.is_up else "to be started again", p.pid, p.restarts, p.log] for p in running.parts],
+        [[p.name, "running" if p.is_running else "restarting", p.pid, p.restarts, p.log] for p in running.parts],
         title="\nParts",
     )
 
 
 def _show_control(control: dict[str, Any]) -> None:
-    show_table(
-        ["model", "state", "#replicas", "revision", "message"],
-        [
-            [row["model"], row["state"], row.get("replicas", 0), row.get("revision"), row.get("message")]
-            for row in control["deployments"]
-        ],
-        title="\nDeployments",
-    )
+    rows = [
+        [row["model"], row["state"], row["replicas"], row["revision"] or row["wanted_revision"], row["message"]]
+        for row in control["deployments"]
+    ]
+    if rows:
+        show_table(["model", "state", "#replicas", "revision", "message"], rows, title="\nDeployments")
+    else:
+        console.print("\nNothing is deployed yet: `zenray deploy MODEL`.")
     for difference in control["ledger"]["differences"]:
         console.print(f"[bold red]ledger:[/bold red] {difference}")
     if control["ledger"]["ok"]:
@@ -197,7 +197,7 @@ def _parts(watched: list[Watched]) -> list[RunningPart]:
             name=w.part.name,
             pid=w.part.pid,
             restarts=len(w.deaths_s),
-            is_up=w.restart_at_s is None,
+            is_running=w.restart_at_s is None,
             log=str(w.part.log_file),
         )
         for w in watched
