@@ -151,4 +151,7 @@ def test_the_catalog_marks_what_is_derived_and_what_is_published(zenray: Zenray)
     rows = {row["name"]: row for row in json.loads(zenray("models", "list", "--json"))}
     assert not rows["zen-72b"]["price_derived"] and rows["zen-14b"]["price_derived"]
     assert rows[MODEL]["published"] is False
+    table = [line.split() for line in zenray("models", "list").splitlines()]
+    assert ["zen-72b", "72B", "18B", "64", "131,072", "0.004", "0.008", "200"] in table
+    assert ["zen-14b", "14B", "3.5B", "16", "32,768", "~0.000625", "~0.00125", "~730"] in table
     assert "515.4B" in zenray("models", "show", "zen-72b"), "the sum that shows which numbers cannot all be true"

@@ -28,6 +28,7 @@ def test_small_numbers_keep_three_digits(printed) -> None:
     assert ["FLOPs a token, of a dense 110B", "0.25", "0.254", "+1.7%"] in rows
     assert ["experts", "8", "16", "+100.0%", "differs"] in rows
     assert ["total parameters", "110B", "109.9B", "-0.1%"] in rows
+    assert ["experts", "16, 2 for each token"] in rows
     assert ["quality", "of a dense 110B", "99.2%"] in rows
 
 

@@ -10,6 +10,7 @@ from zenray.catalog.comparison import Comparison, compare
 from zenray.catalog.entries import ModelEntry
 from zenray.catalog.fit import TOLERANCE
 from zenray.cli.output import show_facts, show_table
+from zenray.spec.dimensions import ModelDimensions
 from zenray.spec.money import Price
 
 Row = tuple[str, str, str, str]
@@ -38,11 +39,13 @@ def facts(entry: ModelEntry) -> dict[str, str]:
     price_in, price_out = in_usd(entry.price)
     limit = f"{entry.rate_limit.requests_per_minute:,} requests a minute and key"
     serving, dimensions = entry.serving, entry.dimensions
+    moe = dimensions.moe if dimensions else None
     found = {
         "model": f"{entry.name}: {entry.summary}",
         "parameters": f"{in_words(entry.parameters.total)} in all, {in_words(entry.parameters.active)} active",
-        "experts": f"{entry.experts}" if entry.experts > 1 else "dense",
+        "experts": f"{moe.experts}, {moe.top_k} for each token" if moe else "dense",
         "context": f"{entry.context_tokens:,} tokens",
+        **(_costs(dimensions, entry.context_tokens) if dimensions else {}),
         "modalities": ", ".join(entry.modalities),
         "price": f"${price_in} in, ${price_out} out per 1,000 tokens{' (derived)' if entry.price_derived else ''}",
         "limit": f"{limit}{' (derived)' if entry.rate_limit.derived else ''}",
@@ -50,14 +53,18 @@ def facts(entry: ModelEntry) -> dict[str, str]:
         f"{serving.pipeline_parallel}), {in_bytes(serving.gpu_memory_bytes)}",
         "license": entry.license,
     }
-    if dimensions is not None:
-        alone, at_the_end = (flops_per_token(dimensions, context) / 1e9 for context in (0, entry.context_tokens))
-        whole = in_bytes(kv_cache_bytes(dimensions, entry.context_tokens))
-        found["compute"] = f"{_digits(alone)} GFLOPs a token, {_digits(at_the_end)} at the end of a whole context"
-        found["KV cache"] = f"{kv_cache_bytes_per_token(dimensions):,} bytes a token, {whole} for a whole context"
     if entry.variant_of:
         found["variant of"] = f"{entry.variant_of}: {entry.differs}"
     return found
+
+
+def _costs(dimensions: ModelDimensions, context_tokens: int) -> dict[str, str]:
+    alone, at_the_end = (flops_per_token(dimensions, context) / 1e9 for context in (0, context_tokens))
+    whole = in_bytes(kv_cache_bytes(dimensions, context_tokens))
+    return {
+        "compute": f"{_digits(alone)} GFLOPs a token, {_digits(at_the_end)} at the end of a whole context",
+        "KV cache": f"{kv_cache_bytes_per_token(dimensions):,} bytes a token, {whole} for a whole context",
+    }
 
 
 def claims(entry: ModelEntry) -> Iterator[Row]:

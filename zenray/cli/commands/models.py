@@ -36,10 +36,10 @@ def list_catalog(as_json: AsJson = False) -> None:
         show_json(rows)
         return
     show_table(
-        ["model", "#total", "#active", "#experts", "#context", "#USD per 1K in", "#out", "limit", "version"],
+        ["model", "#total", "#active", "#experts", "#context", "#$ per 1K in", "#out", "#requests/min", "in store"],
         [_catalog_row(entry, entry.name in published) for entry in catalog],
     )
-    console.print("[dim]* derived: the founding documents give no number (zenray models show MODEL)[/dim]")
+    console.print("[dim]~ derived: the founding documents give no number. More: zenray models show MODEL[/dim]")
 
 
 @app.command("show")
@@ -144,8 +144,8 @@ def _catalog_row(entry: ModelEntry, published: bool) -> list[str]:
         in_words(entry.parameters.active),
         str(entry.experts) if entry.experts > 1 else "dense",
         f"{entry.context_tokens:,}",
-        *(f"{usd}{'*' if entry.price_derived else ''}" for usd in in_usd(entry.price)),
-        f"{entry.rate_limit.requests_per_minute}/min{'*' if entry.rate_limit.derived else ''}",
+        *(f"{'~' if entry.price_derived else ''}{usd}" for usd in in_usd(entry.price)),
+        f"{'~' if entry.rate_limit.derived else ''}{entry.rate_limit.requests_per_minute:,}",
         "yes" if published else "",
     ]
 
