@@ -32,6 +32,7 @@ from transformers import LlamaConfig
 from benchmarks.report import Cell as TableCell
 from benchmarks.report import print_report
 from zenray.catalog.accounting import count_parameters, flops_per_token
+from zenray.model.config import RouterConfig
 from zenray.model.network import MoDE
 from zenray.model.tokenizer.bpe import add_merges, from_bytes, learn_merges, match_exactly
 from zenray.model.upcycling.drop import DropMode
@@ -285,7 +286,7 @@ class Bench:
             groups=(GroupRecipe("general", (rate,) * sizes.experts),),
             layers=tuple(range(sizes.layers)),
             mode=mode,
-            experts_per_token=sizes.experts_per_token,
+            router=RouterConfig(experts_per_token=sizes.experts_per_token),
             router_init="centroid" if mode == "kmeans" else "normal",
             seed=cell.seed,
         )

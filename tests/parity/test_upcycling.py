@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
+from zenray.model.config import RouterConfig
 from zenray.model.hf import register
 from zenray.model.upcycling.drop import FeedForwardWeights, drop, seeded
 from zenray.model.upcycling.partition import (
@@ -131,13 +132,53 @@ def test_fine_grained_experts_scaled_by_the_granularity_are_the_dense_model(qwen
 
 @pytest.mark.parametrize("mode", ["kmeans", "random"])
 def test_a_partition_with_all_experts_on_is_the_dense_model(qwen3_folder, tmp_path, mode):
-    made = recipe((0.0,) * 8, mode=mode, experts_per_token=8, router_init="zero")
+    made = recipe((0.0,) * 8, mode=mode, router=RouterConfig(experts_per_token=8), router_init="zero")
     config = upcycle(qwen3_folder, made, tmp_path / "mode")
     assert config.expert_widths == (50,) * 8
     dense = AutoModelForCausalLM.from_pretrained(qwen3_folder)
     parted = AutoModelForCausalLM.from_pretrained(tmp_path / "mode")
     ids = torch.randint(0, 97, (2, 31))
     torch.testing.assert_close(parted(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_kmeans_with_routers_from_centroids_as_a_whole(qwen3_folder, tmp_path):
+    """Each layer's router is that of its own clusters, and the experts are those clusters' neurons."""
+    upcycle(qwen3_folder, recipe((0.0,) * 8, mode="kmeans", router_init="centroid"), tmp_path / "mode")
+    tensors = load_file(tmp_path / "mode" / "model.safetensors")
+    for layer in (1, 3):
+        dense = DenseSource(qwen3_folder).feed_forward(layer)
+        expert_I = balanced_kmeans(neuron_features(dense), 8, seeded(0, "layer", layer, "partition"))
+        stem = f"model.layers.{layer}.mlp."
+        assert torch.equal(tensors[f"{stem}gate.weight"], centroid_router(dense, expert_I, 8, std=0.02))
+        for expert in range(8):
+            gate, up = tensors[f"{stem}experts.gate_up_proj"][expert].chunk(2)
+            assert torch.equal(gate, dense.gate_ID[expert_I == expert])
+            assert torch.equal(up, dense.up_ID[expert_I == expert])
+            down = tensors[f"{stem}experts.down_proj"][expert]
+            assert torch.equal(down, 8 * dense.down_DI[:, expert_I == expert])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mode")
+    assert model(torch.randint(0, 97, (2, 31))).logits.isfinite().all()
+
+
+def test_fine_grained_experts_have_their_share_drawn_anew_in_each_part(qwen3_folder, tmp_path):
+    """Granularity with a drop rate: every shard loses that share of its own neurons; the rest is the dense FFN's."""
+    upcycle(qwen3_folder, recipe((0.0, 0.25), granularity=4), tmp_path / "mode")
+    tensors = load_file(tmp_path / "mode" / "model.safetensors")
+    dense = DenseSource(qwen3_folder).feed_forward(3)
+    dropped = []
+    for expert in range(8):
+        part = slice(100 * (expert % 4), 100 * (expert % 4 + 1))
+        whole = FeedForwardWeights(dense.gate_ID[part], dense.up_ID[part], 4 * dense.down_DI[:, part])
+        gate, up = tensors["model.layers.3.mlp.experts.gate_up_proj"][expert].chunk(2)
+        made = FeedForwardWeights(gate, up, tensors["model.layers.3.mlp.experts.down_proj"][expert])
+        gates, ups, downs = changed_neurons(whole, made)
+        assert gates == ups == downs
+        dropped.append(gates)
+        if gates:  # drawn with the deviation of what was there, the factor of 4 included
+            index = torch.tensor(sorted(gates))
+            assert float(made.down_DI[:, index].std()) == pytest.approx(float(whole.down_DI[:, index].std()), rel=0.1)
+    assert [len(found) for found in dropped] == [0, 0, 0, 0, 25, 25, 25, 25]
+    assert len({frozenset(found) for found in dropped[4:]}) == 4
 
 
 def blobs(experts: int = 4, each: int = 30, seed: int = 0) -> FeedForwardWeights:
@@ -229,7 +270,7 @@ def test_what_cannot_be_is_refused(qwen3_folder, tmp_path):
     with pytest.raises(InvalidValue, match="no centroids"):
         recipe(router_init="centroid")
     with pytest.raises(InvalidValue, match="granularity of 2 is for"):
-        recipe(granularity=2, renormalize=False)
+        recipe(granularity=2, router=RouterConfig(renormalize=False))
     with pytest.raises(InvalidValue, match="width 400 cannot be cut into 7 equal parts"):
         upcycle(qwen3_folder, recipe((0.0,) * 7, mode="kmeans"), tmp_path / "mode")
     with pytest.warns(UserWarning, match="outside 5% to 30%"):

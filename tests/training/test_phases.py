@@ -178,7 +178,7 @@ def test_the_command_runs_a_file_and_says_what_it_did(place: Place, capsys: pyte
     assert "published mode@v1/safetensors" in capsys.readouterr().out
     records, _ = job_journal(place.store, job_id(pin(job, place.store))).read(0)
     assert records[-1]["event"] == "ended" and records[-1]["outcome"] == "succeeded"
-    file.write_text(job.model_dump_json().replace('"drop_rate":0.5', '"drop_rate":0.25'))
+    file.write_text(job.model_dump_json().replace('"drop_rate":null', '"drop_rate":0.25'))
     assert main(arguments) == 1
     shown = capsys.readouterr()
     assert "error: " in shown.err and "failed: mode@v1" in shown.out, "its last event says why"

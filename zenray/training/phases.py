@@ -10,9 +10,10 @@ from zenray.spec.documents import Document
 from zenray.spec.errors import Conflict, InvalidValue, ZenrayError
 from zenray.spec.evaluation import EvaluateJob, EvaluationResult, PublishJob
 from zenray.spec.job_events import Phase, Published, Result, Started
-from zenray.spec.jobs import PhaseJob, PipelineJob, UpcycleJob, job_id
+from zenray.spec.jobs import PhaseJob, PipelineJob, job_id
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import DistillJob, PretrainJob
+from zenray.spec.upcycling import UpcycleJob
 from zenray.spec.versions import Manifest, Parents, VersionRef
 from zenray.storage.base import ObjectStore
 from zenray.storage.cache import fetch

@@ -20,8 +20,9 @@ from zenray.spec.clock import FakeClock
 from zenray.spec.errors import ClusterUnavailable, Conflict, NotFound, StorageUnavailable
 from zenray.spec.job_events import parse_event
 from zenray.spec.job_life import ClusterJob, ClusterJobState, JobState
-from zenray.spec.jobs import UpcycleJob, job_id
+from zenray.spec.jobs import job_id
 from zenray.spec.platform import StorageSettings
+from zenray.spec.upcycling import UpcycleJob
 from zenray.storage.fake import FakeStore
 from zenray.storage.job_record import job_journal, read_recorded_job
 

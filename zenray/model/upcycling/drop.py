@@ -51,6 +51,24 @@ def drop(ffn: FeedForwardWeights, mode: DropMode, rate: float, generator: torch.
     return FeedForwardWeights(*redrawn)
 
 
+def widen(ffn: FeedForwardWeights, width: int, generator: torch.Generator) -> FeedForwardWeights:
+    """`ffn` with new neurons after its own, up to `width`. They listen as the others do, and say nothing yet."""
+    more = width - ffn.width
+    if not more:
+        return ffn
+    gate, up = (_drawn_like(matrix, (more, matrix.shape[1]), generator) for matrix in ffn[:2])
+    down = ffn.down_DI.new_zeros(ffn.down_DI.shape[0], more)
+    return FeedForwardWeights(
+        torch.cat([ffn.gate_ID, gate]), torch.cat([ffn.up_ID, up]), torch.cat([ffn.down_DI, down], dim=1)
+    )
+
+
+def some_neurons(ffn: FeedForwardWeights, width: int, generator: torch.Generator) -> FeedForwardWeights:
+    """`width` of the FFN's neurons, which say nothing yet."""
+    index = torch.randperm(ffn.width, generator=generator)[:width].sort().values
+    return FeedForwardWeights(ffn.gate_ID[index], ffn.up_ID[index], ffn.down_DI.new_zeros(ffn.down_DI.shape[0], width))
+
+
 def choose(width: int, rate: float, generator: torch.Generator) -> Tensor:
     """Indices of round(rate · width) of `width` neurons, sorted."""
     return torch.randperm(width, generator=generator)[: round(rate * width)].sort().values
@@ -64,12 +82,18 @@ def seeded(seed: int, *path: int | str) -> torch.Generator:
 
 def _redraw(matrix: Tensor, index: Tensor, axis: int, generator: torch.Generator) -> Tensor:
     """`matrix` with the slices `index` along `axis` replaced by N(μ, σ²), μ and σ those of the replaced weights."""
-    old = matrix.index_select(axis, index).to(torch.float32)
+    old = matrix.index_select(axis, index)
     if not old.numel():
         return matrix.clone()
+    return matrix.clone().index_copy_(axis, index, _drawn_like(old, old.shape, generator))
+
+
+def _drawn_like(old: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """New weights with the mean and the deviation of `old`, in its dtype."""
+    as_float = old.to(torch.float32)
     # In place: fresh memory for each step costs more here than the arithmetic.
-    new = torch.randn(old.shape, generator=generator).mul_(old.std(correction=0)).add_(old.mean())
-    return matrix.clone().index_copy_(axis, index, new.to(matrix.dtype))
+    new = torch.randn(shape, generator=generator).mul_(as_float.std(correction=0)).add_(as_float.mean())
+    return new.to(old.dtype)
 
 
 def _redraw_rows_narrowly(matrix: Tensor, rate: float, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from zenray.model.config import ExpertGroup, MoDEConfig, RouterConfig
@@ -20,10 +20,11 @@ ROWS_LOWEST, ROWS_HIGHEST = 0.05, 0.30  # the blog: below, experts stay correlat
 @dataclass(frozen=True)
 class GroupRecipe:
     """Experts of one domain. `drop_rates`: one for each, so that intact and heavily dropped experts can stand side by
-    side (the blog's implicit signal for specialisation)."""
+    side (the blog's implicit signal for specialisation). `width`: of each, if wider than the dense FFN (ZIP-0414)."""
 
     name: str
     drop_rates: tuple[float, ...]
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if not self.drop_rates:
@@ -38,16 +39,19 @@ class UpcyclingRecipe:
     """Everything that fixes the result, given the dense checkpoint.
 
     `granularity` G > 1 makes fine-grained experts (arXiv 2410.07524): each expert is cut into G of a G-th of the width,
-    the router's rows are repeated, `down` is multiplied by G, and each token takes G times as many. Partition modes
-    divide the dense FFN among all experts instead of copying it.
+    the router's rows are repeated, `down` is multiplied by G, and each token takes G times as many as `router` says.
+    Partition modes divide the dense FFN among all experts instead of copying it. `expert_choice_layers` are some of
+    `layers`. A shared expert has neurons of the dense FFN whose output is zero at first.
     """
 
     groups: tuple[GroupRecipe, ...]
     layers: tuple[int, ...]
     mode: DropMode | PartitionMode = "joint"
     granularity: int = 1
-    experts_per_token: int = 2
-    renormalize: bool = True
+    router: RouterConfig = field(default_factory=RouterConfig)
+    expert_choice_layers: tuple[int, ...] = ()
+    shared_expert_width: int = 0
+    shared_expert_gate: bool = False
     router_init: RouterInit = "normal"
     router_std: float = 0.02
     seed: int = 0
@@ -68,15 +72,22 @@ class UpcyclingRecipe:
             )
         if self.granularity < 1:
             raise InvalidValue(f"granularity is {self.granularity}: it must be at least 1.", param="granularity")
-        if self.granularity > 1 and (self.mode in PARTITIONS or not self.renormalize):
+        if self.granularity > 1 and (self.mode in PARTITIONS or not self.router.renormalize):
             raise InvalidValue(
                 f"A granularity of {self.granularity} is for copied or dropped experts with renormalised gate weights; "
-                f"mode is {self.mode!r}, renormalize is {self.renormalize}.",
+                f"mode is {self.mode!r}, renormalize is {self.router.renormalize}.",
                 param="granularity",
             )
         if self.router_init == "centroid" and self.mode not in PARTITIONS:
             raise InvalidValue(
                 f"Mode {self.mode!r} has no centroids for the router.", hint="Use 'normal'.", param="router_init"
+            )
+        wide = [group.name for group in self.groups if group.width is not None]
+        if wide and (self.mode in PARTITIONS or self.granularity > 1):
+            raise InvalidValue(
+                f"Groups {', '.join(wide)} have widths of their own, but the FFN is cut into equal parts.",
+                hint="Leave `width` out, or use mode 'joint' without granularity.",
+                param="groups",
             )
         outside = sorted({rate for rate in rates if not ROWS_LOWEST <= rate <= ROWS_HIGHEST})
         if self.mode == "rows" and outside:
@@ -95,16 +106,26 @@ class UpcyclingRecipe:
         """The network that this recipe makes of `dense`. InvalidValue for what cannot be."""
         parts = len(self.drop_rates) if self.mode in PARTITIONS else self.granularity
         check_divisible(dense.intermediate_size, parts)
-        width = dense.intermediate_size // parts
+        part = dense.intermediate_size // parts
+        narrow = [group.name for group in self.groups if group.width is not None and group.width < part]
+        if narrow or self.shared_expert_width > dense.intermediate_size:
+            raise InvalidValue(
+                f"The dense FFN has {dense.intermediate_size} neurons: "
+                + (f"experts of {', '.join(narrow)} would have fewer." if narrow else "the shared expert wants more."),
+                hint="Experts are copies of the FFN, and may be wider; the shared expert has some of its neurons.",
+                param="groups" if narrow else "shared_expert_width",
+            )
         return replace(
             dense,
             sparse_layers=self.layers,
+            expert_choice_layers=self.expert_choice_layers,
             expert_groups=tuple(
-                ExpertGroup(group.name, len(group.drop_rates) * self.granularity, width) for group in self.groups
+                ExpertGroup(group.name, len(group.drop_rates) * self.granularity, group.width or part)
+                for group in self.groups
             ),
-            router=RouterConfig(
-                experts_per_token=self.experts_per_token * self.granularity, renormalize=self.renormalize
-            ),
+            router=replace(self.router, experts_per_token=self.router.experts_per_token * self.granularity),
+            shared_expert_width=self.shared_expert_width,
+            shared_expert_gate=self.shared_expert_gate,
         )
 
 

@@ -7,13 +7,13 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from zenray.model.config import MoDEConfig
+from zenray.model.config import MoDEConfig, RouterConfig
 from zenray.model.hf.export import STOCK_FORMATS, choose_target, export
 from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe, select_layers
 from zenray.model.upcycling.source import DenseSource
 from zenray.model.upcycling.upcycle import upcycle
 from zenray.spec.errors import InvalidValue
-from zenray.spec.jobs import UpcycleJob
+from zenray.spec.upcycling import UpcycleJob
 from zenray.spec.versions import Manifest, Parents, VersionRef
 from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.cache import fetch
@@ -62,14 +62,23 @@ def run(
 
 def make_recipe(job: UpcycleJob, dense: MoDEConfig) -> UpcyclingRecipe:
     """What the job asks for, given the dense network. InvalidValue for layers that it does not have."""
+    layers = select_layers(job.layers, dense.num_hidden_layers)
+    chosen = job.expert_choice_layers
+    if isinstance(chosen, str):  # words count among the sparse layers
+        chosen = tuple(layers[place] for place in select_layers(chosen, len(layers)))
+    router = job.router.model_dump()
+    if router["expert_choice_renormalize"] is None:
+        router["expert_choice_renormalize"] = job.router.renormalize
     return UpcyclingRecipe(
-        groups=tuple(GroupRecipe(group.name, group.drop_rates) for group in job.groups),
-        layers=select_layers(job.layers, dense.num_hidden_layers),
+        groups=tuple(GroupRecipe(group.name, group.drop_rates(job.mode), group.width) for group in job.groups),
+        layers=layers,
         mode=job.mode,
         granularity=job.granularity,
-        experts_per_token=job.experts_per_token,
-        renormalize=job.renormalize,
-        router_init=job.router_init,
+        router=RouterConfig(experts_per_token=job.experts_per_token, **router),
+        expert_choice_layers=chosen,
+        shared_expert_width=job.shared_expert_width,
+        shared_expert_gate=job.shared_expert_gate,
+        router_init=job.router_init or ("centroid" if job.mode == "kmeans" else "normal"),
         router_std=job.router_std,
         seed=job.seed,
     )

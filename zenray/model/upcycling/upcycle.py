@@ -11,16 +11,19 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from zenray.model.checkpoints.source import BESIDE_WEIGHTS
 from zenray.model.config import MoDEConfig
+from zenray.model.experts import runs
+from zenray.model.feed_forward import MixtureOfExperts
 from zenray.model.hf.configuration import ZenModeConfig
-from zenray.model.upcycling.drop import DropMode, FeedForwardWeights, drop, seeded
+from zenray.model.upcycling.drop import DropMode, FeedForwardWeights, drop, seeded, some_neurons, widen
 from zenray.model.upcycling.partition import (
     balanced_kmeans,
     centroid_router,
@@ -72,19 +75,24 @@ def _plans(dense: DenseSource, config: MoDEConfig) -> Iterator[TensorPlan]:
     """What will be written, in the order of `_tensors`."""
     for name in dense.outer_names():
         yield dense.tensors.plan(name)
-    experts = config.num_experts
     for layer in range(config.num_hidden_layers):
         for name in dense.layer_names(layer):
             yield dense.tensors.plan(name)
         ffn_plans = dense.feed_forward_plans(layer)
-        if layer not in config.sparse_layers:
+        if layer in config.sparse_layers:
+            yield from _sparse_plans(config, layer, ffn_plans[0].dtype)
+        else:
             yield from ffn_plans
-            continue
-        gate, width, hidden = ffn_plans[0], config.expert_widths[0], config.hidden_size
-        prefix = f"model.layers.{layer}.mlp."
-        yield TensorPlan(f"{prefix}gate.weight", (experts, hidden), gate.dtype)
-        yield TensorPlan(f"{prefix}experts.gate_up_proj", (experts, 2 * width, hidden), gate.dtype)
-        yield TensorPlan(f"{prefix}experts.down_proj", (experts, hidden, width), gate.dtype)
+
+
+def _sparse_plans(config: MoDEConfig, layer: int, dtype: torch.dtype) -> Iterator[TensorPlan]:
+    """All that a layer of experts has: its names and shapes are the network's own."""
+    with torch.device("meta"):
+        made = MixtureOfExperts(config, experts_choose=layer in config.expert_choice_layers)
+    buffers = dict(made.named_buffers())
+    for name, tensor in made.state_dict().items():
+        kept = tensor.dtype if name in buffers else dtype
+        yield TensorPlan(f"model.layers.{layer}.mlp.{name}", tuple(tensor.shape), kept)
 
 
 def _tensors(dense: DenseSource, config: MoDEConfig, recipe: UpcyclingRecipe) -> Iterator[tuple[str, Tensor]]:
@@ -97,45 +105,59 @@ def _tensors(dense: DenseSource, config: MoDEConfig, recipe: UpcyclingRecipe) ->
             for plan in dense.feed_forward_plans(layer):
                 yield plan.name, dense.read(plan.name)
         else:
-            yield from _sparse_tensors(dense, layer, recipe)
+            yield from _sparse_tensors(dense, layer, config, recipe)
 
 
-def _sparse_tensors(dense: DenseSource, layer: int, recipe: UpcyclingRecipe) -> Iterator[tuple[str, Tensor]]:
+def _sparse_tensors(
+    dense: DenseSource, layer: int, config: MoDEConfig, recipe: UpcyclingRecipe
+) -> Iterator[tuple[str, Tensor]]:
     """In a function of its own, so that a layer's experts are let go before the next one's are made."""
-    prefix = f"model.layers.{layer}.mlp."
-    made = make_layer(dense.feed_forward(layer), layer, recipe)
-    yield f"{prefix}gate.weight", made.router.to(made.down.dtype)
-    yield f"{prefix}experts.gate_up_proj", made.gate_up
-    yield f"{prefix}experts.down_proj", made.down
+    made = make_layer(dense.feed_forward(layer), layer, recipe, config)
+    for plan in _sparse_plans(config, layer, made["gate.weight"].dtype):
+        name = plan.name.removeprefix(f"model.layers.{layer}.mlp.")
+        # What is not made has learnt nothing yet: thresholds, biases, the shared expert's gate.
+        yield plan.name, made.pop(name) if name in made else torch.zeros(plan.shape, dtype=plan.dtype)
+    assert not made, f"the network has no {', '.join(made)}"
 
 
-class Layer(NamedTuple):
-    """What takes the place of one dense FFN."""
+def make_layer(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig) -> dict[str, Tensor]:
+    """What takes the place of one dense FFN: weights by their names in zenray.model.feed_forward.MixtureOfExperts.
 
-    gate_up: Tensor  # (E, 2I, D), gate rows first
-    down: Tensor  # (E, D, I)
-    router: Tensor  # (E, D), float32
+    Depends on (seed, layer) and the weights alone. `config` is the recipe's.
+    """
+    router, experts = _router_and_experts(ffn, layer, recipe, config)
+    made = {"gate.weight": router.to(ffn.gate_ID.dtype), **_fused(experts, config)}
+    if recipe.shared_expert_width:
+        generator = seeded(recipe.seed, "layer", layer, "shared")
+        shared = some_neurons(ffn, recipe.shared_expert_width, generator)
+        for part, matrix in zip(("gate", "up", "down"), shared, strict=True):
+            made[f"shared_expert.{part}_proj.weight"] = matrix
+    return made
 
 
-def make_layer(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe) -> Layer:
-    """The experts and the router that `recipe` makes of one FFN. Depends on (seed, layer) and the weights alone."""
+def _router_and_experts(
+    ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig
+) -> tuple[Tensor, Iterable[FeedForwardWeights]]:
+    """The router (E, D) in float32, and the experts, which are made as they are taken."""
     count = len(recipe.drop_rates)
-    if recipe.mode in PARTITIONS:
-        generator = seeded(recipe.seed, "layer", layer, "partition")
-        if recipe.mode == "kmeans":
-            expert_I = balanced_kmeans(neuron_features(ffn), count, generator)
-        else:
-            expert_I = random_partition(ffn.width, count, generator)
-        made: Iterable[FeedForwardWeights] = cut(ffn, expert_I, count)
-        if recipe.router_init == "centroid":
-            return _fused(made, count, centroid_router(ffn, expert_I, count, recipe.router_std))
+    if recipe.mode not in PARTITIONS:
+        router = new_router(count, config.hidden_size, layer, recipe).repeat_interleave(recipe.granularity, dim=0)
+        return router, _copies(ffn, layer, recipe, config)
+    generator = seeded(recipe.seed, "layer", layer, "partition")
+    if recipe.mode == "kmeans":
+        expert_I = balanced_kmeans(neuron_features(ffn), count, generator)
     else:
-        made = _copies(ffn, layer, recipe)
-    router = new_router(count, ffn.gate_ID.shape[1], layer, recipe).repeat_interleave(recipe.granularity, dim=0)
-    return _fused(made, count * recipe.granularity, router)
+        expert_I = random_partition(ffn.width, count, generator)
+    if recipe.router_init == "centroid":
+        router = centroid_router(ffn, expert_I, count, recipe.router_std)
+    else:
+        router = new_router(count, config.hidden_size, layer, recipe)
+    return router, cut(ffn, expert_I, count)
 
 
-def _copies(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe) -> Iterator[FeedForwardWeights]:
+def _copies(
+    ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig
+) -> Iterator[FeedForwardWeights]:
     """Copy after copy of the FFN, each in `granularity` shards of consecutive neurons, with its share drawn anew."""
     parts = recipe.granularity
     shards = list(zip(ffn.gate_ID.chunk(parts), ffn.up_ID.chunk(parts), ffn.down_DI.chunk(parts, dim=1), strict=True))
@@ -143,17 +165,22 @@ def _copies(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe) -> Ite
         for shard, (gate_ID, up_ID, down_DI) in enumerate(shards):
             generator = seeded(recipe.seed, "layer", layer, "expert", copy, "shard", shard)
             whole = FeedForwardWeights(gate_ID, up_ID, down_DI * parts if parts > 1 else down_DI)
-            yield drop(whole, cast(DropMode, recipe.mode), rate, generator)  # k-means and random cut, and do not copy
+            made = drop(whole, cast(DropMode, recipe.mode), rate, generator)  # partitions do not copy
+            yield widen(made, config.expert_widths[copy * parts + shard], generator)
 
 
-def _fused(experts: Iterable[FeedForwardWeights], count: int, router: Tensor) -> Layer:
-    gate_up, down = torch.empty(0), torch.empty(0)
-    for index, (gate_ID, up_ID, down_DI) in enumerate(experts):
-        width, hidden = gate_ID.shape
-        if index == 0:
-            gate_up, down = gate_ID.new_empty(count, 2 * width, hidden), down_DI.new_empty(count, hidden, width)
-        gate_up[index, :width], gate_up[index, width:], down[index] = gate_ID, up_ID, down_DI
-    return Layer(gate_up, down, router)
+def _fused(experts: Iterable[FeedForwardWeights], config: MoDEConfig) -> dict[str, Tensor]:
+    """The weights of the banks, named as zenray.model.experts names them: gate_up (E, 2I, D), gate rows first; down."""
+    banks, made = runs(config.expert_widths), {}
+    taken = iter(experts)
+    for bank, (width, count) in enumerate(banks):
+        stem = "experts." if len(banks) == 1 else f"experts.banks.{bank}."
+        for index, (gate_ID, up_ID, down_DI) in enumerate(islice(taken, count)):
+            if index == 0:
+                made[f"{stem}gate_up_proj"] = gate_up = gate_ID.new_empty(count, 2 * width, config.hidden_size)
+                made[f"{stem}down_proj"] = down = down_DI.new_empty(count, config.hidden_size, width)
+            gate_up[index, :width], gate_up[index, width:], down[index] = gate_ID, up_ID, down_DI
+    return made
 
 
 def new_router(count: int, hidden: int, layer: int, recipe: UpcyclingRecipe) -> Tensor:
