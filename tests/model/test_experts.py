@@ -99,6 +99,16 @@ def test_top_k_and_mask_assign_the_same_rows(tokens, experts, data):
         torch.testing.assert_close(one, other)
 
 
+def test_top_k_is_assigned_without_a_look_at_the_values():
+    """On the meta device, which has none: on a GPU every look would be a wait for all that is under way."""
+    experts_TK = torch.tensor([[3, 1], [1, 0], [3, 0]])
+    assert assign_top_k(experts_TK, torch.ones(3, 2), 5).rows_E.tolist() == [2, 2, 0, 2, 0]
+    nowhere = torch.device("meta")
+    assignment = assign_top_k(experts_TK.to(nowhere), torch.ones(3, 2, device=nowhere), 5)
+    x_RD = gather_rows(torch.empty(3, 4, device=nowhere), assignment)
+    assert combine_rows(x_RD, assignment, 3).shape == (3, 4)
+
+
 def test_runs_of_equal_widths():
     assert runs((8, 8, 4, 8)) == [(8, 2), (4, 1), (8, 1)]
     assert make_experts(6, (8, 8)).gate_up_proj.shape == (2, 16, 6)

@@ -34,7 +34,7 @@ def apply_capacity(
     T = assignment.slot_TK.shape[0] if assignment.slot_TK is not None else 0
     E = assignment.rows_E.numel()
     token_R, weight_R = assignment.token_R, assignment.weight_R
-    expert_R = torch.arange(E, device=token_R.device).repeat_interleave(assignment.rows_E)
+    expert_R = torch.arange(E, device=token_R.device).repeat_interleave(assignment.rows_E, output_size=token_R.numel())
     real_R = torch.ones_like(token_R, dtype=torch.bool) if valid_T is None else valid_T.to(torch.bool)[token_R]
 
     tokens = T if valid_T is None else int(valid_T.sum())

@@ -27,7 +27,10 @@ class Assignment(NamedTuple):
 
 
 def assign_top_k(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Assignment:
-    """Rows for K given experts per token. Within an expert, rows are in the order of their tokens."""
+    """Rows for K given experts per token. Within an expert, rows are in the order of their tokens.
+
+    Waits for no device: every shape is known before any value is.
+    """
     T, K = experts_TK.shape
     flat = experts_TK.flatten()
     order_R = torch.argsort(flat, stable=True)
@@ -36,7 +39,7 @@ def assign_top_k(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> As
     return Assignment(
         token_R=order_R // K,
         weight_R=weights_TK.flatten().index_select(0, order_R),
-        rows_E=torch.bincount(flat, minlength=num_experts),
+        rows_E=flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat)),
         slot_TK=slot_TK.view(T, K),
     )
 

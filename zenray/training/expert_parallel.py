@@ -80,7 +80,7 @@ class ExpertExchange:
         sent, received = self._split_sizes(assignment.rows_E, rows_nF, counted)
         x_QD, weight_Q = _AllToAll.apply(self._group, sent, received, x_RD, weight_R)
         # Rows came rank by rank, each rank's expert by expert; the grouped product wants expert by expert.
-        to_experts_Q, to_ranks_Q = _transpose_blocks(rows_nF)
+        to_experts_Q, to_ranks_Q = _transpose_blocks(rows_nF, sum(received))
         x_QD = _Permute.apply(x_QD, to_experts_Q, to_ranks_Q)
         weight_Q = _Permute.apply(weight_Q, to_experts_Q, to_ranks_Q)
         y_QD = self._experts.run(x_QD, rows_nF.sum(dim=0), weight_Q)
@@ -93,7 +93,7 @@ class ExpertExchange:
         if self._is_ordered:
             return assignment
         order_E = self._order_E.to(assignment.rows_E.device)
-        order_R = _blocks(assignment.rows_E, order_E)
+        order_R = _blocks(assignment.rows_E, order_E, assignment.token_R.numel())
         inverse_R = _inverse(order_R)
         slot_TK = assignment.slot_TK
         return assignment._replace(
@@ -119,21 +119,22 @@ class ExpertExchange:
         return sent, received
 
 
-def _transpose_blocks(rows_nF: Tensor) -> tuple[Tensor, Tensor]:
+def _transpose_blocks(rows_nF: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Where each row comes from when blocks in the order (rank, expert) become (expert, rank), and the way back."""
     n, F = rows_nF.shape
     order = torch.arange(n * F, device=rows_nF.device).view(n, F).t().flatten()
-    there = _blocks(rows_nF.flatten(), order)
+    there = _blocks(rows_nF.flatten(), order, num_rows)
     return there, _inverse(there)
 
 
-def _blocks(rows: Tensor, order: Tensor) -> Tensor:
-    """The index that puts blocks of `rows[i]` rows each into `order`."""
+def _blocks(rows: Tensor, order: Tensor, num_rows: int) -> Tensor:
+    """The index that puts blocks of `rows[i]` rows each into `order`. `num_rows`, their sum, is known here: asking the
+    device for it would wait for all that is under way there."""
     starts = rows.cumsum(0) - rows
     lengths = rows[order]
     ends = lengths.cumsum(0)
-    shift = torch.repeat_interleave(starts[order] - (ends - lengths), lengths)
-    return torch.arange(shift.numel(), device=rows.device) + shift
+    shift = torch.repeat_interleave(starts[order] - (ends - lengths), lengths, output_size=num_rows)
+    return torch.arange(num_rows, device=rows.device) + shift
 
 
 def _inverse(order: Tensor) -> Tensor:
