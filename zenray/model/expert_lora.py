@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from zenray.model.dispatch import Assignment, combine_rows, gather_rows
-from zenray.model.experts import ExpertBank
+from zenray.model.experts import ExpertBank, Experts
 from zenray.model.grouped import grouped_linear, parts_of
 from zenray.model.linear import times_transposed
 
 
-class LoRAExperts(nn.Module):
+class LoRAExperts(Experts):
     """An ExpertBank, frozen, with an adapter of its own for each expert. A is drawn, B is 0: at first nothing changes.
 
     gate and up share A, as they are one matrix in the fused layout.
@@ -42,13 +41,7 @@ class LoRAExperts(nn.Module):
         for matrix in (self.gate_up_A, self.down_A):
             nn.init.uniform_(matrix, -1 / math.sqrt(matrix.shape[-1]), 1 / math.sqrt(matrix.shape[-1]))
 
-    def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
-        """y_TD: as ExpertBank."""
-        y_RD = self.run(gather_rows(x_TD, assignment), assignment.rows_E, assignment.weight_R)
-        return combine_rows(y_RD, assignment, x_TD.shape[0])
-
     def run(self, x_RD: Tensor, rows_E: Tensor, weight_R: Tensor | None = None) -> Tensor:
-        """y_RD: as ExpertBank."""
         x_RD = x_RD.to(self.base.gate_up_proj.dtype)
         weight_R = x_RD.new_ones(x_RD.shape[0]) if weight_R is None else weight_R.to(x_RD.dtype)
         matrices = (self.base.gate_up_proj, self.base.down_proj)

@@ -12,7 +12,20 @@ from zenray.model.dispatch import Assignment, combine_rows, gather_rows
 from zenray.model.grouped import grouped_swiglu
 
 
-class ExpertBank(nn.Module):
+class Experts(nn.Module):
+    """The experts of a layer: a token's experts each compute a row, and their sum is its result."""
+
+    def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        """y_TD: for each token the weighted sum of its experts' outputs."""
+        y_RD = self.run(gather_rows(x_TD, assignment), assignment.rows_E, assignment.weight_R)
+        return combine_rows(y_RD, assignment, x_TD.shape[0])
+
+    def run(self, x_RD: Tensor, rows_E: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        """y_RD: row r through its expert, times its weight; the first rows_E[0] rows are expert 0's, and so on."""
+        raise NotImplementedError
+
+
+class ExpertBank(Experts):
     """Experts of equal width, their weights fused: gate_up_proj (E, 2I, D), gate rows first; down_proj (E, D, I).
 
     Names and layout are those of transformers' Qwen3-MoE and Mixtral.
@@ -25,18 +38,12 @@ class ExpertBank(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
 
-    def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
-        """y_TD: for each token the weighted sum of its experts' outputs."""
-        y_RD = self.run(gather_rows(x_TD, assignment), assignment.rows_E, assignment.weight_R)
-        return combine_rows(y_RD, assignment, x_TD.shape[0])
-
     def run(self, x_RD: Tensor, rows_E: Tensor, weight_R: Tensor | None = None) -> Tensor:
-        """y_RD: row r through its expert, times its weight; the first rows_E[0] rows are expert 0's, and so on."""
         x_RD = x_RD.to(self.gate_up_proj.dtype)
         return grouped_swiglu(x_RD, self.gate_up_proj, self.down_proj, rows_E, weight_R)
 
 
-class DiverseExperts(nn.Module):
+class DiverseExperts(Experts):
     """Experts of different widths in one layer (ZIP-0414): one bank per run of equal widths, in the router's order."""
 
     def __init__(self, hidden_size: int, widths: tuple[int, ...]) -> None:
@@ -44,12 +51,8 @@ class DiverseExperts(nn.Module):
         self.num_experts = len(widths)
         self.banks = nn.ModuleList(ExpertBank(count, hidden_size, width) for width, count in runs(widths))
 
-    def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
-        y_RD = self.run(gather_rows(x_TD, assignment), assignment.rows_E, assignment.weight_R)
-        return combine_rows(y_RD, assignment, x_TD.shape[0])
-
     def run(self, x_RD: Tensor, rows_E: Tensor, weight_R: Tensor | None = None) -> Tensor:
-        """As ExpertBank.run; each bank computes the rows of its own experts."""
+        """Each bank computes the rows of its own experts."""
         per_bank = rows_E.split([bank.num_experts for bank in self.banks])
         sizes = [int(rows.sum()) for rows in per_bank]
         weights = (None,) * len(sizes) if weight_R is None else weight_R.split(sizes)
