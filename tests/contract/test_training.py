@@ -92,6 +92,17 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     same_result(run, unbroken)
 
 
+def test_what_only_workers_can_find_wrong_ends_the_run_at_once(ray_session: RaySession, tmp_path: Path) -> None:
+    """However many failures the job allows: it would come again each time."""
+    run = Run(tmp_path, in_session(ray_session))
+    run.text["count"].unlink()
+    driver = run.start(workers={**TWO_WORKERS["workers"], "max_failures": -1})
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 1, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "count.jsonl: no such file" in last and "A data source names a file" in last
+
+
 @pytest.fixture
 def own_ray() -> Iterator[dict[str, str]]:
     home = new_home()

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.training.tiny import FolderRecorder, job
-from zenray.spec.errors import StorageUnavailable
+from zenray.spec.errors import InvalidValue, StorageUnavailable
 from zenray.spec.training import Faults, TrainingJob
 from zenray.training import notice
 from zenray.training.checkpointing import difference
@@ -325,7 +325,7 @@ def test_the_causes_of_a_failed_run_are_said_once_each_without_tracebacks() -> N
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-    from zenray.training.runner import causes
+    from zenray.training.attempts import causes
 
     traceback = (
         'Traceback (most recent call last):\n  File "x.py", line 1\nzenray.StorageUnavailable: The disk is full.\n'
@@ -338,3 +338,15 @@ def test_the_causes_of_a_failed_run_are_said_once_each_without_tracebacks() -> N
         "worker 1: The actor died unexpectedly before finishing this task"
     )
     assert "no room" in causes(ControllerError(RuntimeError("no room")))
+
+
+def test_what_is_wrong_with_the_job_itself_ends_the_run_and_a_machines_failure_does_not() -> None:
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    from zenray.training.attempts import EndsForOwnErrors
+
+    away = UserExceptionWithTraceback(StorageUnavailable("The store is away."), "Traceback")
+    wrong = UserExceptionWithTraceback(InvalidValue("Nothing would learn.", hint="Name a part."), "Traceback")
+    EndsForOwnErrors().after_exception(None, {0: away, 1: RuntimeError("The actor died.")})
+    with pytest.raises(InvalidValue, match=r"Nothing would learn\. Name a part\."):
+        EndsForOwnErrors().after_exception(None, {0: away, 1: wrong})

@@ -85,3 +85,9 @@ def test_a_format_that_cannot_be_is_refused_before_the_training(store, tmp_path)
     wanted = job(write_text(tmp_path / "text"), stock_format="exact")
     with pytest.raises(InvalidValue, match="1 dense layers"):
         run(wanted, StorageSettings(uri=store.uri), tmp_path / "work")
+
+
+def test_a_group_that_the_network_does_not_have_is_refused_before_ray_is_asked(store, tmp_path) -> None:
+    wanted = job(write_text(tmp_path / "text"), train=("experts/coed",))
+    with pytest.raises(InvalidValue, match="no expert group 'coed'"):
+        run(wanted, StorageSettings(uri=store.uri), tmp_path / "work")

@@ -15,8 +15,6 @@ import pyarrow.fs
 import ray
 import torch
 from filelock import FileLock, Timeout
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -35,6 +33,7 @@ from zenray.storage.job_record import report_key
 from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, publish
+from zenray.training.attempts import fit
 from zenray.training.checkpointing import read_weight
 from zenray.training.context_parallel import check_experts
 from zenray.training.data.shards import TokenShards, tokenise_on_cluster
@@ -43,7 +42,7 @@ from zenray.training.loop import HISTORY_NAME, Event, identities_in, read_histor
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.report import REPORT_NAME, write_report
 from zenray.training.stages import check_stages
-from zenray.training.worker import train_worker
+from zenray.training.trainable import choose
 
 
 def run(
@@ -76,13 +75,22 @@ def run(
     check_experts(base.config, job.workers.context_parallel)
     if job.stock_format != "none":  # what cannot be said is refused before the training, not after
         choose_target(base.config, replicate_dense=job.stock_format == "replicate")
+    choose(base.outline(), job.train)
     with _held(work_dir / "runs" / f"{name}.lock", name):
         _connect()
-        shards = _tokenise(job, base, storage)
-        result = _fit(job, name, storage, work_dir, events or EventPlace(name), shards)
+        filesystem, folder = checkpoint_place(storage)
+        about: dict[str, Any] = {
+            "job": job.model_dump(mode="json"),
+            "run": name,
+            "storage": storage.model_dump(),
+            "work_dir": str(work_dir.absolute()),
+            "events": (events or EventPlace(name)).as_dict(),
+            "shards": _tokenise(job, base, storage),
+        }
+        result = fit(job, name, about, filesystem, folder)
         # What workers returned, not their last report's metrics: Ray keeps only those that come with a checkpoint.
         while (result.return_value or {}).get("was_preempted"):  # all is in a checkpoint: on, wherever there is room
-            result = _fit(job, name, storage, work_dir, events or EventPlace(name), shards)
+            result = fit(job, name, about, filesystem, folder)
     stopped = (result.return_value or {}).get("stopped")
     if stopped:
         raise ZenrayError(
@@ -109,61 +117,6 @@ def _tokenise(job: TrainingJob, base: Checkpoint, storage: StorageSettings) -> T
         return None
     filesystem, path = checkpoint_place(storage)
     return tokenise_on_cluster(job.data, base.tokenizer_file, base.end_token, filesystem, f"{path}/tokens")
-
-
-def _fit(
-    job: TrainingJob,
-    name: str,
-    storage: StorageSettings,
-    work_dir: Path,
-    events: EventPlace,
-    shards: TokenShards | None,
-) -> Result:
-    filesystem, path = checkpoint_place(storage)
-    about: dict[str, Any] = {
-        "job": job.model_dump(mode="json"),
-        "run": name,
-        "storage": storage.model_dump(),
-        "work_dir": str(work_dir.absolute()),
-        "events": events.as_dict(),
-        "shards": shards,
-    }
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=about,
-        torch_config=TorchConfig(backend="nccl" if job.workers.gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=job.workers.count,
-            use_gpu=job.workers.gpu,
-            resources_per_worker={"CPU": job.workers.cpus, **({"GPU": 1} if job.workers.gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoints.keep),
-        ),
-    )
-    try:
-        return trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise ZenrayError(
-            f"Run {name} failed: {causes(error)}.", hint="Run it again: it goes on from its last checkpoint."
-        ) from error
-
-
-def causes(error: ray.train.TrainingFailedError) -> str:
-    """What went wrong, each cause once, without the tracebacks, which stand in Ray's logs."""
-    failures = getattr(error, "worker_failures", {})
-    said: dict[str, list[int]] = {}
-    for rank, failure in sorted(failures.items()):
-        lines = str(failure).strip().splitlines()
-        is_traceback = bool(lines) and lines[0].startswith("Traceback")
-        found = lines[-1 if is_traceback else 0] if lines else type(failure).__name__
-        said.setdefault(found.rstrip("."), []).append(rank)
-    told = [f"worker {', '.join(map(str, ranks))}: {found}" for found, ranks in said.items()]
-    return "; ".join(told) or str(error)
 
 
 @contextmanager
