@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,10 +151,14 @@ class FakeMlflow(types.ModuleType):
         super().__init__("mlflow")
         self.runs: dict[str, dict[str, Any]] = {}
         self.MlflowClient = lambda tracking_uri: self
+        self.entities = types.ModuleType("mlflow.entities")
+        self.entities.Metric = lambda *of: of  # type: ignore[attr-defined]
+        self.entities.Param = lambda *of: of  # type: ignore[attr-defined]
         self.is_away = False
 
     def get_experiment_by_name(self, name: str) -> Any:
-        return None
+        if self.is_away:
+            raise ConnectionError("no route")
 
     def create_experiment(self, name: str) -> str:
         return name
@@ -168,15 +172,16 @@ class FakeMlflow(types.ModuleType):
         self.runs[id] = {"tags": tags, "experiment": experiment, "params": {}, "metrics": []}
         return SimpleNamespace(info=SimpleNamespace(run_id=id))
 
-    def log_param(self, id: str, name: str, value: str) -> None:
-        self.runs[id]["params"][name] = value
-
-    def log_metric(self, id: str, name: str, value: float, step: int) -> None:
+    def log_batch(self, id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
         if self.is_away:
             raise ConnectionError("no route")
-        self.runs[id]["metrics"].append((name, value, step))
+        assert len(metrics) <= 1000, "the server refuses more"
+        self.runs[id]["params"] |= dict(params)
+        self.runs[id]["metrics"] += [(name, value, step) for name, value, _, step in metrics]
 
     def set_terminated(self, id: str) -> None:
+        if self.is_away:
+            raise ConnectionError("no route")
         self.runs[id]["ended"] = True
 
 
@@ -185,13 +190,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[types.Modul
     def install(module: types.ModuleType) -> None:
         module.__spec__ = SimpleNamespace(name=module.__name__)  # type: ignore[assignment]
         monkeypatch.setitem(sys.modules, module.__name__, module)
+        if isinstance(module, FakeMlflow):
+            monkeypatch.setitem(sys.modules, "mlflow.entities", module.entities)
 
     yield install
 
 
-def test_mlflow_gets_each_step_and_a_run_goes_on_in_its_run(
-    tmp_path: Path, installed: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_mlflow_gets_each_step_and_a_run_goes_on_in_its_run(tmp_path: Path, installed: Any) -> None:
     mlflow = FakeMlflow()
     installed(mlflow)
     asked = wanted(tmp_path, mlflow={"uri": "file:/runs", "experiment": "mode"})
@@ -203,11 +208,24 @@ def test_mlflow_gets_each_step_and_a_run_goes_on_in_its_run(
     (run,) = mlflow.runs.values()
     assert [(name, step) for name, _, step in run["metrics"] if name == "loss"] == [("loss", 5), ("loss", 6)]
     assert run["experiment"] == "mode" and run["params"]["steps"] == "6" and run["ended"]
-    mlflow.is_away = True
     with tracked(asked, "tiny-1") as tell:
+        tell({**STEP, "loads": [[0.0] * 1500]})
+    assert len([name for name, *_ in run["metrics"] if name.startswith("load/")]) == 1500
+
+
+@pytest.mark.parametrize("goes_away", ["before it is opened", "before a step", "before it is closed"])
+def test_a_tracker_that_is_away_is_said_once_and_the_run_goes_on(
+    tmp_path: Path, installed: Any, caplog: pytest.LogCaptureFixture, goes_away: str
+) -> None:
+    mlflow = FakeMlflow()
+    installed(mlflow)
+    mlflow.is_away = goes_away == "before it is opened"
+    with tracked(wanted(tmp_path, mlflow={"uri": "file:/runs"}), "tiny-1") as tell:
+        mlflow.is_away |= goes_away == "before a step"
         tell(STEP)
         tell(STEP)
-    assert caplog.text.count("no route") == 1, "said once, and the run goes on"
+        mlflow.is_away = True
+    assert caplog.text.count("no route") == 1
 
 
 def test_wandb_gets_each_step(tmp_path: Path, installed: Any) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from zenray.spec.errors import InvalidValue
@@ -18,6 +20,9 @@ _log = logging.getLogger(__name__)
 Event = dict[str, Any]
 Log = Callable[[dict[str, float], int], None]
 """Metrics of a step."""
+Opening = Callable[[], tuple[Log, Callable[[], object]]]
+"""Opens a tracker: what logs to it, and what closes it."""
+_MLFLOW_BATCH = 1000  # the most metrics that its server takes at once
 
 
 def check_trackers(job: TrainingJob) -> None:
@@ -35,16 +40,18 @@ def check_trackers(job: TrainingJob) -> None:
 def tracked(job: TrainingJob, run: str) -> Iterator[Callable[[Event], None]]:
     """Within: what the yielded function is told also reaches the job's trackers, under the run's name.
 
-    A run that goes on after a failure goes on there too. A tracker that fails is said in the log once and left alone:
-    a run of weeks does not end because a dashboard is away.
+    A run that goes on after a failure goes on there too. A tracker that fails, when it is opened or
+    later, is said in the log once and left alone: a run of weeks does not end because a dashboard is away.
     """
     with ExitStack() as stack:
-        logs = [_guarded(open_log) for open_log in _opened(job, run, stack)]
+        trackers = [_Guarded(name, opening) for name, opening in _wanted(job, run)]
+        for tracker in trackers:
+            stack.callback(tracker.close)
 
         def tell(event: Event) -> None:
             metrics, step = metrics_of(event)
-            for log in logs if metrics else []:
-                log(metrics, step)
+            for tracker in trackers if metrics else []:
+                tracker.log(metrics, step)
 
         yield tell
 
@@ -73,34 +80,47 @@ def _finite(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def _guarded(log: Log) -> Log:
-    failed = False
+class _Guarded:
+    """A tracker that is opened now, logged to until it fails once, and closed, whatever becomes of any of it."""
 
-    def call(metrics: dict[str, float], step: int) -> None:
-        nonlocal failed
-        if failed:
-            return
+    def __init__(self, name: str, opening: Opening) -> None:
+        self._name, self._has_failed = name, False
+        self._log: Log | None = None
+        self._close: Callable[[], object] | None = None
+        with self._said_once():
+            self._log, self._close = opening()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self._log is not None and not self._has_failed:
+            with self._said_once():
+                self._log(metrics, step)
+
+    def close(self) -> None:
+        if self._close is not None:
+            with self._said_once():
+                self._close()
+
+    @contextmanager
+    def _said_once(self) -> Iterator[None]:
         try:
-            log(metrics, step)
+            yield
         except Exception as error:
-            failed = True
-            _log.error("A tracker failed, and is told nothing more in this run: %s", error)
+            if not self._has_failed:
+                _log.error("%s failed, and is told nothing more in this run: %s", self._name, error)
+            self._has_failed = True
 
-    return call
 
-
-def _opened(job: TrainingJob, run: str, stack: ExitStack) -> list[Log]:
+def _wanted(job: TrainingJob, run: str) -> Iterator[tuple[str, Opening]]:
     about = job.model_dump(mode="json", exclude={"data", "tracking"})
-    found = []
     if job.tracking.mlflow is not None:
-        found.append(_mlflow(job.tracking.mlflow, run, about, stack))
+        yield "MLflow", partial(_mlflow, job.tracking.mlflow, run, about)
     if job.tracking.wandb is not None:
-        found.append(_wandb(job.tracking.wandb, run, about, stack))
-    return found
+        yield "Weights & Biases", partial(_wandb, job.tracking.wandb, run, about)
 
 
-def _mlflow(wanted: MlflowTracking, run: str, about: Event, stack: ExitStack) -> Log:
+def _mlflow(wanted: MlflowTracking, run: str, about: Event) -> tuple[Log, Callable[[], object]]:
     import mlflow
+    from mlflow.entities import Metric, Param
 
     client = mlflow.MlflowClient(tracking_uri=wanted.uri)
     known = client.get_experiment_by_name(wanted.experiment)
@@ -110,22 +130,21 @@ def _mlflow(wanted: MlflowTracking, run: str, about: Event, stack: ExitStack) ->
         id = earlier[0].info.run_id
     else:
         id = client.create_run(experiment, tags={"zenray.run": run, "mlflow.runName": run}).info.run_id
-        for name, value in about.items():
-            client.log_param(id, name, str(value)[:500])
-    stack.callback(client.set_terminated, id)
+        client.log_batch(id, params=[Param(name, str(value)[:500]) for name, value in about.items()])
 
     def log(metrics: dict[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            client.log_metric(id, name, value, step=step)
+        now_ms = int(time.time() * 1000)
+        rows = [Metric(name, value, now_ms, step) for name, value in metrics.items()]
+        for first in range(0, len(rows), _MLFLOW_BATCH):
+            client.log_batch(id, metrics=rows[first : first + _MLFLOW_BATCH])
 
-    return log
+    return log, partial(client.set_terminated, id)
 
 
-def _wandb(wanted: WandbTracking, run: str, about: Event, stack: ExitStack) -> Log:
+def _wandb(wanted: WandbTracking, run: str, about: Event) -> tuple[Log, Callable[[], object]]:
     import wandb
 
     opened = wandb.init(
         project=wanted.project, entity=wanted.entity, id=run, name=run, resume="allow", config=about, mode=wanted.mode
     )
-    stack.callback(opened.finish)
-    return lambda metrics, step: opened.log(metrics, step=step)
+    return lambda metrics, step: opened.log(metrics, step=step), opened.finish
