@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,10 +80,11 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     """Show what runs, where, and why something does not."""
     home = Home.from_environment()
     running = home.running()
+    client = ControlClient.connect(home)
     control: dict[str, Any] | None = None
     away: ZenrayError | None = None
     try:
-        control = ControlClient.connect(home).get("/admin/status")
+        control = client.get("/admin/status")
     except ZenrayError as error:
         away = error
     if as_json:
@@ -136,7 +138,8 @@ def _stop_supervisor(home: Home) -> bool:
     with console.status("stopping"):
         while (pid := home.supervisor_pid()) is not None:
             if pid != asked:
-                os.kill(pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it ended just now
+                    os.kill(pid, signal.SIGTERM)
                 asked = pid
             if time.monotonic() > deadline_s:
                 raise Unavailable(
