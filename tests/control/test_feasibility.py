@@ -53,6 +53,11 @@ def test_what_runs_today_runs_on(catalog: Catalog) -> None:
     check(catalog, SMALL, on=LAPTOP)
 
 
+def test_experts_that_are_no_ffn_are_served_by_no_layout(catalog: Catalog) -> None:
+    said = refusal(catalog, "zen-base-mode", gpus_per_replica=1, on=A100)
+    assert "of its 16 experts some are no FFN (2 deep, 1 vocabulary, 1 spatial)" in said
+
+
 def test_replicas_that_share_a_gpu_share_its_memory(catalog: Catalog) -> None:
     said = refusal(catalog, SMALL, gpus_per_replica=0.5)
     assert "would take 0.92 of its memory" in said and "gpu_memory_utilization to 0.46" in said

@@ -30,6 +30,7 @@ def check_runnable(
     entry = catalog.get(spec.model)
     if spec.engine.kind == "scripted":
         return
+    _check_experts(entry)
     _check_format(spec.format, spec.gpus_per_replica)
     _check_gpus(spec)
     _check_machines(spec, entry, machines)
@@ -46,6 +47,18 @@ def check_runnable(
         if spec.engine.gpus > 1:
             check_layout(entry.dimensions, _layout(spec))
         _check_memory(spec, entry, catalog, machines, sequences or spec.engine.max_num_seqs)
+
+
+def _check_experts(entry: ModelEntry) -> None:
+    """vLLM's layer of experts has no place for those that are no FFN (zenray.serving.mode_vllm.limits)."""
+    moe = entry.dimensions.moe if entry.dimensions else None
+    if moe and moe.blocks:
+        found = ", ".join(f"{block.experts} {block.kind}" for block in moe.blocks)
+        raise InvalidValue(
+            f"The engine (vLLM) cannot serve {entry.name}: of its {moe.experts} experts some are no FFN ({found}).",
+            hint="Use it through transformers, or deploy a model that has FFN experts only.",
+            param="model",
+        )
 
 
 def _check_format(format: str, gpus: float, param: str = "format") -> None:
