@@ -152,6 +152,23 @@ def test_ray_is_started_without_waiting_for_it(ray: SilentRay, tmp_path: Path) -
     assert record.processes() == [] and not part.alive()
 
 
+def test_a_ray_that_dies_while_it_starts_is_tried_once_more_and_then_dead(
+    ray: SilentRay, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    part = RayPart(ray, tmp_path)
+    part.start()
+    pids = []
+    for _ in range(2):
+        record = SessionRecord.read(tmp_path / "ray.json")
+        assert record is not None
+        record.end(patience_s=0)
+        pids.append(record.sid)
+        if len(pids) == 1:
+            assert part.alive(), "the second try"
+    assert not part.alive() and not part.ready()
+    assert len(set(pids)) == 2 and "Ray did not start: Ray is not running" in caplog.text
+
+
 def test_a_ray_that_cannot_be_started_says_why(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

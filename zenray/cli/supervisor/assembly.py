@@ -56,16 +56,15 @@ class RayPart:
         self._go_on()
 
     def alive(self) -> bool:
+        is_starting = self._steps is not None
         try:
-            if self._steps is None:
+            if is_starting:
+                self._go_on()
+            else:
                 self._ray.check()
-                return True
-        except ZenrayError:
-            return False
-        try:
-            self._go_on()
         except (ZenrayError, OSError) as error:
-            log.warning("Ray did not start: %s", error)
+            if is_starting:
+                log.warning("Ray did not start: %s", error)
             return False
         return True
 
