@@ -32,7 +32,11 @@ class ZenModeOutput(ModelOutput):
 
 
 class ZenModeForCausalLM(PreTrainedModel, GenerationMixin):
-    """The same parameters under the same names as `zenray.model.network.MoDE`."""
+    """The same parameters under the same names as `zenray.model.network.MoDE`.
+
+    Whoever trains it by a loop of their own, transformers' Trainer included, must call `model.model.after_step(stats)`
+    once per optimizer step: thresholds of experts that choose, and biases of loss-free balancing, learn only there.
+    """
 
     config_class = ZenModeConfig
     config: ZenModeConfig
