@@ -38,6 +38,21 @@ def chat(words: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": f"[[{words}]]"}], "stream": True, "stream_options": USAGE} | fields
 
 
+def rays_metrics(ray_session: RaySession, *names: str) -> list[str]:
+    """Lines of Ray's pages for Prometheus with these names, once all of them are there."""
+    targets = Path(ray_session.record().temp_dir) / "prom_metrics_service_discovery.json"
+    addresses = [target for entry in orjson.loads(targets.read_bytes()) for target in entry["targets"]]
+    deadline = time.monotonic() + 60  # Ray's agent collects every few seconds
+    while True:
+        pages = [httpx.get(f"http://{address}/metrics", timeout=10).text for address in addresses]
+        found = [line for page in pages for line in page.splitlines() if line.startswith("ray_")]
+        shown = [line for line in found if line.split("{")[0].removeprefix("ray_") in names]
+        if {line.split("{")[0].removeprefix("ray_") for line in shown} == set(names):
+            return shown
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.5)
+
+
 @pytest.fixture(scope="module")
 def harness(ray_session: RaySession) -> Harness:
     return Harness(ray_session.cluster, ray_session.publisher, pause=time.sleep)
@@ -113,23 +128,14 @@ class TestOneReplica:
     ) -> None:
         """Ray's own port for metrics has the engine's load and the start's figures; the dashboard the application."""
         replica.post("/v1/chat/completions", json=chat("tokens=2"))
-        targets = Path(ray_session.record().temp_dir) / "prom_metrics_service_discovery.json"
-        addresses = [target for entry in orjson.loads(targets.read_bytes()) for target in entry["targets"]]
-        wanted = ("zenray_engine_first_tokens", "zenray_replica_fetched_bytes", "serve_autoscaling_desired_replicas")
-
-        def shown() -> list[str]:
-            lines = [
-                line
-                for address in addresses
-                for line in httpx.get(f"http://{address}/metrics", timeout=10).text.splitlines()
-            ]
-            return [line for line in lines if line.startswith(tuple(f"ray_{name}{{" for name in wanted))]
-
-        deadline = time.monotonic() + 60  # Ray's agent collects every few seconds
-        while {line.split("{")[0].removeprefix("ray_") for line in shown()} != set(wanted):
-            assert time.monotonic() < deadline, shown()
-            time.sleep(0.5)
-        assert any('model_name="path"' in line and "engine" in line for line in shown())
+        wanted = (
+            "zenray_engine_first_tokens",
+            "zenray_replica_fetched_bytes",
+            "zenray_autoscaling_wish",
+            "serve_autoscaling_desired_replicas",
+        )
+        shown = rays_metrics(ray_session, *wanted)
+        assert any('model_name="path"' in line and "engine" in line for line in shown)
         token = {"authorization": f"Bearer {ray_session.addresses.token()}"}
         page = httpx.get(f"{ray_session.addresses.dashboard_url}/api/serve/applications/", headers=token).json()
         assert list(page["applications"][app.name]["deployments"]) == ["path"]
@@ -244,7 +250,7 @@ class TestTheEndOfAnApplication:
 
 
 @pytest.mark.nightly
-def test_real_vllm_takes_the_same_path(harness: Harness, tmp_path: Path) -> None:
+def test_real_vllm_takes_the_same_path(ray_session: RaySession, harness: Harness, tmp_path: Path) -> None:
     """A model of random weights on real vLLM, in a replica with a port of its own; e2e does this with a real model."""
     weights = tmp_path / "weights"
     make_tiny_model(weights)
@@ -257,4 +263,8 @@ def test_real_vllm_takes_the_same_path(harness: Harness, tmp_path: Path) -> None
     status = harness.until(lambda s: bool(s.applications[app.name].replica_urls), within_s=150)
     (url,) = status.applications[app.name].replica_urls.values()
     check_replica(url, ENGINE_KEY, "tiny")
+    of_vllm = ("num_requests_running", "generation_tokens_total", "time_to_first_token_seconds_bucket")
+    shown = rays_metrics(ray_session, *(f"vllm_{name}" for name in of_vllm))
+    assert all('model_name="tiny"' in line and 'engine="0"' in line for line in shown)
+    assert max(float(line.rsplit(" ", 1)[1]) for line in shown if "generation_tokens_total" in line) > 0
     harness.cluster.apply([])

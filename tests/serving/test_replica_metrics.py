@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from zenray.serving.engine.load import EngineLoad
+from zenray.serving.policy_metrics import PolicyMetrics
 from zenray.serving.replica_metrics import ReplicaMetrics
+from zenray.serving.scaling import Memory, Signals, Targets, wishes
 from zenray.spec.versions import VersionRef
 from zenray.storage.cache import FetchReport
 
@@ -47,3 +49,10 @@ def test_a_start_and_a_load_are_told(told: dict[str, Any]) -> None:
     assert told["zenray_engine_computing"] == [(3.0, TAGS)]
     assert told["zenray_engine_kv_cache_use"] == [(0.5, TAGS)]
     assert told["zenray_engine_late_first_tokens"] == [(2.0, TAGS)]
+
+
+def test_each_signal_of_the_policy_shows_what_it_asks_for(told: dict[str, Any]) -> None:
+    load = Signals(running=2, target=2, mean_requests=12, newest_requests=12, kv_cache_use=1.0)
+    PolicyMetrics(Gauge).wished("m", "m--1--a", wishes(load, Targets(4, kv_cache_use=0.5), Memory(0.0), 0.0))
+    told = {tags["signal"]: value for value, tags in told["zenray_autoscaling_wish"]}
+    assert told == {"requests": 3.0, "queue": 0.0, "kv_cache": 2.0, "first_tokens": 0.0, "start": 0.0}

@@ -26,6 +26,7 @@ from zenray.serving.scaling import (
     by_requests,
     decide,
     replicas_wanted,
+    wishes,
     with_peak,
 )
 
@@ -36,6 +37,10 @@ TARGETS = Targets(ongoing_requests=2, downscale_delay_s=10)
 def signals(running: int = 1, mean: float = 0, newest: float | None = None, **fields: Any) -> Signals:
     given_fields = {"target": running, "newest_requests": mean if newest is None else newest} | fields
     return Signals(running=running, mean_requests=mean, **given_fields)
+
+
+def wanted_now(load: Signals, targets: Targets, limit: Limit | None = None) -> int:
+    return replicas_wanted(wishes(load, targets, Memory(begun_at_s=0.0, limit=limit), 0.0))
 
 
 class TestOngoingRequests:
@@ -85,9 +90,10 @@ class TestQueueAndCache:
     def test_the_largest_wish_counts(self) -> None:
         targets = Targets(ongoing_requests=16, waiting_requests=0, kv_cache_use=0.8)
         load = signals(1, 9, computing=4, waiting=5, kv_cache_use=0.95)
-        assert replicas_wanted(load, targets) == 3
-        assert replicas_wanted(load, Targets(ongoing_requests=16)) == 1
-        assert replicas_wanted(load, targets, limit=2) == 5
+        assert wanted_now(load, targets) == 3
+        assert wanted_now(load, Targets(ongoing_requests=16)) == 1
+        assert wanted_now(load, targets, Limit(2, 0.0)) == 5
+        assert wanted_now(load, replace(targets, start_replicas=7, start_hold_s=1)) == 7
 
     @given(
         st.integers(1, 20),
@@ -103,7 +109,7 @@ class TestQueueAndCache:
         load = signals(running, computing + waiting, computing=computing, waiting=waiting, kv_cache_use=use)
         heavier = replace(load, waiting=waiting + more, mean_requests=load.mean_requests + more)
         heavier = replace(heavier, newest_requests=heavier.mean_requests)
-        assert replicas_wanted(heavier, targets) >= replicas_wanted(load, targets)
+        assert wanted_now(heavier, targets) >= wanted_now(load, targets)
 
 
 class Loop:

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from zenray.serving.scaling import Memory, Signals, Targets, decide
+import ray.util.metrics
+
+from zenray.serving.policy_metrics import PolicyMetrics
+from zenray.serving.scaling import Memory, Signals, Targets, decide, wishes
 from zenray.spec.deployments import Autoscaling
 from zenray.spec.serving import Start
 
@@ -52,17 +55,21 @@ def targets_of(settings: Autoscaling, start: Start | None = None) -> Targets:
 class Policy:
     """What Ray Serve's controller calls with its AutoscalingContext, one instance for each deployment.
 
-    Bounds and waking from zero stay Ray's.
+    Bounds and waking from zero stay Ray's. What each signal asks for is shown to Prometheus, through Ray.
     """
 
     def __init__(self, **targets: Any) -> None:
         self._targets = Targets(**targets)
+        self._metrics = PolicyMetrics(ray.util.metrics.Gauge)
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         if ctx.current_num_replicas == 0:
             return ctx.target_num_replicas, {}
-        memory: Memory | None = ctx.policy_state.get(_MEMORY)
-        wanted, memory = decide(signals_of(ctx), self._targets, memory, ctx.current_time)
+        memory: Memory = ctx.policy_state.get(_MEMORY) or Memory(begun_at_s=ctx.current_time)
+        signals = signals_of(ctx)
+        wished = wishes(signals, self._targets, memory, ctx.current_time)
+        self._metrics.wished(ctx.deployment_name, ctx.app_name, wished)
+        wanted, memory = decide(signals, self._targets, memory, ctx.current_time)
         return wanted, {_MEMORY: memory}
 
 

@@ -1,7 +1,7 @@
 """What a replica tells Prometheus through Ray, under its model's name: load, first tokens, how its start went.
 
-Ray serves the metrics of all processes of a node on one port, beside its autoscaler's own. The engine's own many
-metrics (`vllm:…`, labelled `model_name`) stay on the replica's `/metrics`, behind its key.
+Ray serves the metrics of all processes of a node on one port, beside its autoscaler's own and vLLM's (`ray_vllm_…`,
+labelled `model_name`, `engine` and `ReplicaId`).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ wanted when more were wanted during the whole upscale delay; at once when reques
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 FIRST_TOKENS_WINDOW_S = 30.0
@@ -83,10 +84,7 @@ class Memory:
 def decide(signals: Signals, targets: Targets, memory: Memory | None, now_s: float) -> tuple[int, Memory]:
     """The replicas to have, before Ray's bounds; and what to remember."""
     memory = memory or Memory(begun_at_s=now_s)
-    limit = memory.limit.now(now_s, targets.ongoing_requests) if memory.limit else None
-    wanted = replicas_wanted(signals, targets, limit)
-    if now_s - memory.begun_at_s < targets.start_hold_s:
-        wanted = max(wanted, targets.start_replicas)
+    wanted = replicas_wanted(wishes(signals, targets, memory, now_s))
     short_since_s: float | None = None
     if wanted > signals.target:
         short_since_s = now_s if memory.short_since_s is None else memory.short_since_s
@@ -106,14 +104,26 @@ def decide(signals: Signals, targets: Targets, memory: Memory | None, now_s: flo
     return min(signals.target, held), memory
 
 
-def replicas_wanted(signals: Signals, targets: Targets, limit: float | None = None) -> int:
-    """The number of replicas for this very load. `limit`: requests per replica, where fewer than the target."""
-    wanted = max(
-        by_requests(signals, min(targets.ongoing_requests, limit or math.inf)),
-        by_queue(signals, targets.waiting_requests),
-        by_kv_cache(signals, targets.kv_cache_use),
-    )
-    return math.ceil(wanted - 1e-9)
+def wishes(signals: Signals, targets: Targets, memory: Memory, now_s: float) -> dict[str, float]:
+    """The replicas that each signal asks for, for this very load; 0: it has no opinion.
+
+    "first_tokens": by the requests that a replica can have, as was learnt. "start": what a revision that takes over
+    keeps until its load has come.
+    """
+    limit = memory.limit.now(now_s, targets.ongoing_requests) if memory.limit else None
+    starts = now_s - memory.begun_at_s < targets.start_hold_s
+    return {
+        "requests": by_requests(signals, targets.ongoing_requests),
+        "queue": by_queue(signals, targets.waiting_requests),
+        "kv_cache": by_kv_cache(signals, targets.kv_cache_use),
+        "first_tokens": by_requests(signals, limit) if limit is not None else 0.0,
+        "start": float(targets.start_replicas) if starts else 0.0,
+    }
+
+
+def replicas_wanted(wished: Mapping[str, float]) -> int:
+    """The largest of `wishes`, in whole replicas."""
+    return math.ceil(max(wished.values()) - 1e-9)
 
 
 def by_requests(signals: Signals, requests_per_replica: float) -> float:

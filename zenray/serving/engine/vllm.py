@@ -58,6 +58,8 @@ class VllmEngine:
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.metrics.loggers import PrometheusStatLogger
+        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
         engine_args = AsyncEngineArgs(**engine_arguments(self._launch, folder, draft))
         frontend_args = FrontendArgs(enable_prompt_tokens_details=True, disable_fastapi_docs=True)
@@ -67,7 +69,9 @@ class VllmEngine:
                 vllm_config=config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 disable_log_stats=engine_args.disable_log_stats,
-                stat_loggers=[self._observed.stat_logger],
+                # Among Ray's metrics for whoever watches the cluster, and on the replica's own /metrics. In this order:
+                # each takes away what is registered for the latter.
+                stat_loggers=[self._observed.stat_logger, RayPrometheusStatLogger, PrometheusStatLogger],
             )
         # vLLM's own command line makes one namespace of both, too.
         args = argparse.Namespace(**(vars(frontend_args) | vars(engine_args)))
