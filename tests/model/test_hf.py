@@ -1,8 +1,6 @@
 """The Hugging Face classes: loading, saving, generation, caches."""
 
 import hashlib
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,16 +55,17 @@ def test_save_load_save_is_byte_identical(config, tmp_path_factory):
     assert torch.equal(first.eval()(ids).logits, second(ids).logits)
 
 
-def test_the_readmes_lines_load_a_published_version_in_a_new_process(tmp_path):
+def test_the_readmes_lines_load_a_published_version(tmp_path, monkeypatch):
     folder = tmp_path / ".zenray/store/zen/smollm2-mode/v1/safetensors"
     ZenModeForCausalLM(ZenModeConfig.from_mode(CONFIG)).save_pretrained(folder)
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
     lines = next(block for block in blocks if "from_pretrained" in block)
-    program = lines + "print(type(model).__name__, model.num_parameters())"
-    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    parameters = sum(parameter.numel() for parameter in MoDE(CONFIG).parameters())
-    assert ran.stdout.split() == ["ZenModeForCausalLM", str(parameters)], ran.stderr
+    assert "register()" in lines  # here that has been done
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(lines, found)
+    assert found["model"].mode == CONFIG
 
 
 def test_bfloat16_keeps_what_routers_have_learnt_bit_for_bit(tmp_path):
