@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -181,6 +182,13 @@ async def test_stopping_lets_streams_end_and_cuts_the_rest(
     await control.stop()
 
 
+async def becomes(open_streams: int, monitor: httpx.AsyncClient) -> None:
+    shown = f"zenray_gateway_open_streams {open_streams}.0"
+    async with asyncio.timeout(10):
+        while shown not in (await monitor.get("/metrics")).text:  # noqa: ASYNC110 - a fact of other processes
+            await asyncio.sleep(0.1)
+
+
 async def test_killed_in_the_middle_nothing_is_lost_and_nothing_billed_twice(
     engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -193,8 +201,10 @@ async def test_killed_in_the_middle_nothing_is_lost_and_nothing_billed_twice(
     gateway = await RunningGateway(folder, control, processes=2).start()
     connections = [await connect(gateway) for _ in range(10)]
     for reader, writer in connections:
-        writer.write(question("tokens=500 delay_ms=10"))
+        writer.write(question("tokens=1000 delay_ms=20"))
         await reader.readuntil(b" t3")
+    async with httpx.AsyncClient(base_url=gateway.url) as monitor:
+        await becomes(10, monitor)
     for number in (0, 1):
         started = await gateway.logged("started", gateway_id=f"gateway-{number}")
         os.kill(started["pid"], signal.SIGKILL)  # the parent starts each anew, and each bills what it had open
@@ -203,5 +213,30 @@ async def test_killed_in_the_middle_nothing_is_lost_and_nothing_billed_twice(
     await until(lambda: len(control.events) >= 10, timeout_s=15)
     seen = [event.usage.output_tokens for event in control.events.values()]
     assert len(seen) == 10 and all(count >= 4 for count in seen)
+    async with httpx.AsyncClient(base_url=gateway.url) as monitor:
+        await becomes(0, monitor)  # nobody counts what the killed ones were doing
+    assert await gateway.stop() == 0
+    await control.stop()
+
+
+async def test_a_gateway_of_fewer_processes_ships_what_the_others_logged(
+    engine: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("fewer")
+    control = FakeControl()
+    control.add_key(KEY)
+    control.routes["tiny"] = route("tiny", [engine.url])
+    await control.start()
+    control.publish()
+    gateway = await RunningGateway(folder, control, processes=3).start()
+    control.usage_fails = True
+    for _ in range(12):  # the kernel deals connections out
+        assert await status_of(gateway, question("tokens=1", stream=False)) == 200
+    assert await gateway.stop() == 0 and control.events == {}
+    control.usage_fails = False
+    gateway = await RunningGateway(folder, control, processes=1).start(wait_for_snapshot=False)
+    await until(lambda: len(control.events) == 12)
+    await until(lambda: sorted(path.name for path in (folder / "state").glob("gateway-*")) == ["gateway-0"])
+    assert {event.billing_key.split(":")[0] for event in control.events.values()} > {"gateway-0"}
     assert await gateway.stop() == 0
     await control.stop()

@@ -315,6 +315,9 @@ async def test_answers_without_control_and_bills_when_it_is_back(tmp_path: Path,
         await control.stop()
         answer = await gateway.client().chat.completions.create(model="tiny", messages=HELLO, max_tokens=3)
         assert answer.choices[0].message.content == " t0 t1 t2"
+        async with httpx.AsyncClient(base_url=gateway.url) as anybody:
+            await until(lambda: any("could not be shipped" in str(line) for line in gateway.log))
+            assert control.url not in (await anybody.get("/readyz")).text
         # Killed while control is away, it starts from its folder: it knows the keys, but has no credit to lend.
         await gateway.stop(signal.SIGKILL)
         gateway = await RunningGateway(tmp_path, control).start(wait_for_snapshot=False)

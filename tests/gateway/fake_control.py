@@ -65,6 +65,7 @@ class FakeControl:
         self.leases: list[LeaseRequest] = []
         self.deltas: dict[int, Snapshot] = {}
         self.leases_fail = False
+        self.usage_fails = False
         self.replaced_boots: set[str] = set()  # get 409 for leases
         self.canaries: dict[tuple[str, float], tuple[int, int]] = {}  # (requests, failed), as told last
         self._changed = asyncio.Event()
@@ -160,6 +161,8 @@ class FakeControl:
 
     async def _usage(self, request: web.Request) -> web.Response:
         self._check(request)
+        if self.usage_fails:
+            raise web.HTTPInternalServerError
         batch = UsageBatch.model_validate_json(await request.read())
         new = [event for event in batch.events if event.billing_key not in self.events]
         self.events.update({event.billing_key: event for event in new})

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 
-from zenray.gateway import admission, document
+from zenray.gateway import admission, document, leftovers
 from zenray.gateway.admission import Endpoint
 from zenray.gateway.canaries import Canaries
 from zenray.gateway.config import GatewayConfig
@@ -47,6 +47,7 @@ class Gateway:
     ) -> None:
         """`homes`: shared by the processes of one gateway."""
         self.config = config
+        self._index = index
         self._homes = homes or Homes()
         self.gateway_id = config.process_id(index)
         self._clock = clock or SystemClock()
@@ -113,6 +114,9 @@ class Gateway:
         self._run("metrics", self._fold_metrics())
         told = canaries.run(edge.tell_canaries, gateway_id=self.gateway_id, boot_id=self.meter.boot_id)
         self._run("canaries", told)
+        if self._index == 0:
+            others = leftovers.take_over(config, edge, self.directory, self._clock)
+            self._tasks.append(asyncio.get_running_loop().create_task(others, name="leftovers"))
         log.info("started", extra={"boot_id": self.meter.boot_id, "pid": os.getpid()})
 
     async def stop(self) -> None:

@@ -41,3 +41,12 @@ class GatewayConfig(GatewaySettings):
 
     def process_dir(self, index: int) -> Path:
         return self.state_dir / self.process_id(index)
+
+    def folders_of_others(self) -> list[tuple[str, Path]]:
+        """Id and folder of each process that an earlier start of this gateway had, and this one has not."""
+        found = {}
+        for folder in self.state_dir.glob(f"{self.gateway_id}-*"):
+            index = folder.name.removeprefix(f"{self.gateway_id}-")
+            if index.isdecimal() and int(index) >= self.processes:
+                found[int(index)] = folder
+        return [(self.process_id(index), folder) for index, folder in sorted(found.items())]

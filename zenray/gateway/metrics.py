@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from zenray.gateway.shared_metrics import FOLDER_VARIABLE
 from zenray.spec.usage import Usage
@@ -21,6 +21,11 @@ _MODEL = ("model",)
 FOLD_INTERVAL_S = 1.0
 _FOLD_AFTER = 4096  # requests
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+def forget_process(pid: int) -> None:
+    """A process that shared the folder has ended: what it was doing is done no more. Its counts stay."""
+    mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
 class _Tally:
