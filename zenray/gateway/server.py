@@ -20,12 +20,14 @@ from zenray.gateway.app import Gateway
 from zenray.gateway.config import GatewayConfig
 from zenray.gateway.homes import Homes
 from zenray.gateway.logs import log_to_stderr
+from zenray.gateway.metrics import forget_process
 from zenray.gateway.reply import DISCONNECTS, WRITE
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _MAX_HEADER_BYTES = 64 << 10
+_STALL_S = 30.0
 _RESTART_PAUSE_S = 0.5
 REPLACED_STATUS = 75
 """Exit status of a process that only a new start can help: control has replaced it, or declared it lost."""
@@ -36,12 +38,13 @@ class ClientConnection(HttpToolsProtocol):
 
     uvicorn tells only the newest request, and only when it asks; a watching task for each request would cost more
     than all of admission. It lets a stream be written without a turn of a task for each chunk. And it bounds the
-    headers, which uvicorn takes at any length.
+    headers, which uvicorn takes at any length, and the time in which a request comes, which uvicorn does not.
     """
 
     def connection_made(self, transport: Any) -> None:
         self._listeners: set[Callable[[], None]] = set()
         self._header_bytes = 0
+        self._stalled_since_s: float | None = None
         super().connection_made(transport)
 
     def on_message_begin(self) -> None:
@@ -59,9 +62,31 @@ class ClientConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         scope = self.scope
+        self._stalled_since_s = None
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is scope:
             scope[WRITE] = partial(_write, self.cycle)  # type: ignore[literal-required]
+
+    def on_body(self, body: bytes) -> None:
+        self._stalled_since_s = None
+        super().on_body(body)
+
+    def end_if_stalled(self, now_s: float) -> None:
+        """Close the connection if its client owes a request for 30 s: all of its headers, or more of its body.
+
+        Call it about once a second. While a connection rests between requests, uvicorn's own timer runs.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            owed = self.timeout_keep_alive_task is None
+        else:
+            owed = cycle.more_body and not self.flow.read_paused
+        if not owed:
+            self._stalled_since_s = None
+        elif self._stalled_since_s is None:
+            self._stalled_since_s = now_s
+        elif now_s - self._stalled_since_s >= _STALL_S:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -72,6 +97,18 @@ class ClientConnection(HttpToolsProtocol):
         self._header_bytes += size_bytes
         if self._header_bytes > _MAX_HEADER_BYTES:
             raise ValueError("headers too large")  # the parser turns it into its own error, and that into a 400
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which also ends connections whose clients keep it waiting."""
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            now_s = time.monotonic()
+            for connection in tuple(self.server_state.connections):
+                if isinstance(connection, ClientConnection):
+                    connection.end_if_stalled(now_s)
+        return await super().on_tick(counter)
 
 
 def _write(cycle: RequestResponseCycle, data: bytes) -> bool:
@@ -112,7 +149,7 @@ def serve(config: GatewayConfig, index: int, listener: socket.socket, homes: Hom
     # uvicorn raises the signal that stopped it once more when it has drained; then this ends the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             gateway,
             loop="uvloop",
@@ -176,6 +213,7 @@ class _Family:
             except ChildProcessError:
                 break
             index = self._children.pop(pid)
+            forget_process(pid)
             if self._stopping:
                 continue
             log.error("process_lost", extra={"index": index, "status": os.waitstatus_to_exitcode(status)})
