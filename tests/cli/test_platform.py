@@ -161,6 +161,19 @@ def test_status_shows_what_is_asked_for_before_it_serves(
     assert "Every balance is the sum" in shown
 
 
+def test_a_job_is_not_run_beside_a_platform_that_is_starting(
+    home: Home,
+    zenray: Zenray,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ControlClient, "connect", lambda home: home.running())
+    job = tmp_path / "job.yaml"
+    job.write_text("kind: evaluate\nname: measure\nversion: {model: dense}\ntext: [{domain: code, builtin: code}]\n")
+    with home.held():
+        assert "starting or stopping" in zenray("run", str(job), fails=True)
+
+
 class FakeSupervisor:
     """The process that `up --detach` starts; `begin` is what it does in the folder."""
 

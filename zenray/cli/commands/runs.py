@@ -36,7 +36,7 @@ def run(
     """
     job = with_absolute_paths(load_job(file))  # every error of the file is shown before anything is started
     home = Home.from_environment()
-    if "ZENRAY_CONTROL_URL" not in os.environ and home.running_or_none() is None:
+    if "ZENRAY_CONTROL_URL" not in os.environ and home.supervisor_pid() is None:
         console.print(f"No platform runs from {home.root}: the job runs here, in the foreground.")
         run_here(job, home)
         return
