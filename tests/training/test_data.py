@@ -22,7 +22,8 @@ from zenray.training.data.documents import identity, read_documents, source_file
 from zenray.training.data.shards import TokenShards, make_shard
 from zenray.training.data.stream import IGNORED, PackedDomain, SequenceStream, pack
 from zenray.training.data.tokens import DomainTokens, prepare
-from zenray.training.loop import TrainingSet, require_same_data
+from zenray.training.history import require_same_data
+from zenray.training.loop import TrainingSet
 from zenray.training.mesh import Mesh
 from zenray.training.networks import Checkpoint
 

@@ -21,7 +21,8 @@ from zenray.spec.training import Faults, TrainingJob
 from zenray.training import notice
 from zenray.training.checkpointing import difference
 from zenray.training.faults import data_step, decide, divergence, in_a_row, taken_losses
-from zenray.training.loop import Outcome, TrainingSet, read_history, train
+from zenray.training.history import read_history
+from zenray.training.loop import Outcome, TrainingSet, train
 from zenray.training.networks import Checkpoint
 from zenray.training.trainer import Trainer
 from zenray.training.uploads import upload

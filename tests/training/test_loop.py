@@ -11,7 +11,8 @@ from tests.training.tiny import CONFIG, FolderRecorder, job, write_version
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import PretrainJob, TrainingJob
 from zenray.training.checkpointing import difference
-from zenray.training.loop import Outcome, TrainingSet, read_history, train
+from zenray.training.history import read_history
+from zenray.training.loop import Outcome, TrainingSet, train
 from zenray.training.networks import Checkpoint
 from zenray.training.trainer import Trainer
 

@@ -22,7 +22,8 @@ from zenray.storage.cache import fetch
 from zenray.storage.local import LocalStore
 from zenray.storage.pinning import pin
 from zenray.storage.versions import list_versions, publish
-from zenray.training.loop import read_history, train
+from zenray.training.history import read_history
+from zenray.training.loop import train
 from zenray.training.mesh import Mesh
 from zenray.training.networks import Checkpoint
 from zenray.training.runner import publish_result, run

@@ -28,7 +28,12 @@ def test_a_report_has_its_numbers_plots_and_job_in_one_page() -> None:
     for words in ("3.5000, 1.5000", "code&lt;1&gt;", "after 3 steps", "2.5000", "0.00"):
         assert words in page, words
     heads = re.findall(r"<h2>([^<]+)</h2><img", page)
-    assert heads == ["Loss", "Evenness of the experts' load", "Routing in the first step", "Routing in the last step"]
+    assert heads == [
+        "Loss",
+        "Evenness of the experts' load",
+        "Routing in the first step",
+        "Routing over the last steps",
+    ]
     pictures = re.findall(r"base64,([^\"]+)", page)
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures) and len(pictures) == 4
     assert not re.search(r'(?:src|href)="(?!data:)', page), "it needs nothing from elsewhere"

@@ -16,7 +16,7 @@ from zenray.model.hf.configuration import ZenModeConfig
 from zenray.model.network import MoDE
 from zenray.model.weights import TensorPlan, TensorWriter
 from zenray.spec.training import DistillJob, PretrainJob
-from zenray.training.loop import Event
+from zenray.training.history import Event
 from zenray.training.trainable import named_tensors
 
 END = 256

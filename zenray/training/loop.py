@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from zenray.spec.errors import Conflict
 from zenray.spec.training import TrainingJob
 from zenray.training.checkpointing import load
 from zenray.training.data.stream import IGNORED, Batch, PackedDomain, SequenceStream, pack
 from zenray.training.data.tokens import TokenFolder
 from zenray.training.faults import TAKE, Decision, data_step, decide
+from zenray.training.history import Event, History, plain, read_history, require_same_data, write_history
 from zenray.training.mesh import Mesh
 from zenray.training.staging import Stager, Write
 from zenray.training.trainer import Trainer
-
-HISTORY_NAME = "history.jsonl"
-Event = dict[str, Any]
 
 
 class Recorder(Protocol):
@@ -112,11 +108,16 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `stopped`: why it did before its last step, if it did. `was_preempted`: it should go on."""
+    """How a run ended. `lines`: of its history, on the first worker. `stopped`: why it did before its last step, if it
+    did. `was_preempted`: it should go on."""
 
-    history: list[Event]
+    lines: list[str]
     stopped: str | None = None
     was_preempted: bool = False
+
+    @property
+    def history(self) -> list[Event]:
+        return [json.loads(line) for line in self.lines]
 
 
 def train(
@@ -134,7 +135,7 @@ def train(
     """
     job, run = trainer.job, _Run(trainer, data, recorder, tell, notice)
     run.take_up()
-    if not run.history:
+    if not run.history.events:
         run.note({"event": "data", "step": 0, "domains": data.identities})
         run.evaluate(with_teachers=True)
     while run.done < job.steps:
@@ -151,7 +152,7 @@ def train(
             run.save()
         if run.is_noticed() and run.done < job.steps:
             return run.make_way()
-    return Outcome(run.history)
+    return Outcome(run.history.lines())
 
 
 class _Run:
@@ -167,19 +168,17 @@ class _Run:
     ) -> None:
         self.trainer, self.data, self.recorder, self.tell, self.notice = trainer, data, recorder, tell, notice
         self.stager = Stager(trainer)
-        self.history: list[Event] = []
-        self._lines: list[str] = []  # of the history, made once: a long run has many, and writes all at each checkpoint
+        self.history = History(trainer.job.steps, is_written=trainer.mesh.rank == 0)
         self._shift = 0  # by how many steps the data is ahead
         self.done = self.checkpoint = 0
 
     def note(self, event: Event) -> None:
-        self.history.append(event)
-        self._lines.append(json.dumps(event) + "\n")
+        self.history.add(event)
         self.tell(event)
 
-    def _remember(self, history: list[Event]) -> None:
-        self.history, self._lines = history, [json.dumps(event) + "\n" for event in history]
-        self._shift = data_step(history, 0)
+    def _remember(self, kept: list[Event]) -> None:
+        self.history.restore(kept)
+        self._shift = data_step(self.history.events, 0)
 
     def take_up(self) -> None:
         """From the newest checkpoint, where there is one."""
@@ -187,7 +186,7 @@ class _Run:
             if folder is not None:
                 self.done = self.checkpoint = load(self.trainer, folder)
                 self._remember(read_history(folder))
-                require_same_data(self.history, self.data.identities)
+                require_same_data(self.history.events, self.data.identities)
                 self.tell({"event": "resumed", "step": self.done})
 
     def step(self) -> Decision:
@@ -198,7 +197,7 @@ class _Run:
 
         def accept(loss: float, norm: float) -> bool:
             nonlocal decision
-            decision = decide(self.history, loss, norm, trainer.job.faults, self.checkpoint)
+            decision = decide(self.history.events, loss, norm, trainer.job.faults, self.checkpoint)
             return decision.action == "take"
 
         report = trainer.step(self.done, batches, accept)
@@ -206,13 +205,13 @@ class _Run:
         if decision.action != "take":
             event["fault"] = decision.reason
         keep = self.note if decision.action in ("take", "skip") else self.tell
-        keep({name: _plain(value) for name, value in event.items()})
+        keep({name: plain(value) for name, value in event.items()})
         return decision
 
     def roll_back(self, reason: str) -> None:
         """To the newest checkpoint; its steps come again with the data after that of the step which was at fault."""
         bad = self.done
-        earlier = [e for e in self.history if e["event"] == "rolled_back" and e["step"] == self.checkpoint]
+        earlier = [e for e in self.history.events if e["event"] == "rolled_back" and e["step"] == self.checkpoint]
         with self.recorder.latest() as folder:
             assert folder is not None
             self.done = load(self.trainer, folder)
@@ -226,7 +225,7 @@ class _Run:
         self.tell({"event": "stopped", "step": self.done, "fault": reason})
         if self.done != self.checkpoint:
             self.save()
-        return Outcome(self.history, stopped=f"at step {self.done + 1} {reason}")
+        return Outcome(self.history.lines(), stopped=f"at step {self.done + 1} {reason}")
 
     def is_noticed(self) -> bool:
         """Whether some worker was given notice: the same answer on all. Collective."""
@@ -242,17 +241,16 @@ class _Run:
         if self.done != self.checkpoint:
             self.save()
         self.recorder.settle()
-        return Outcome(self.history, was_preempted=True)
+        return Outcome(self.history.lines(), was_preempted=True)
 
     def save(self) -> None:
-        done, lines = self.done, list(self._lines)
+        done, lines = self.done, self.history.lines()
         write_state = self.stager.take(done)
 
         def write(folder: Path) -> None:
             write_state(folder)
             if self.trainer.mesh.rank == 0:
-                with (folder / HISTORY_NAME).open("w", encoding="utf-8") as file:
-                    file.writelines(lines)
+                write_history(lines, folder)
 
         self.recorder.record(f"step-{done:08}", {"step": done}, write)
         self.checkpoint = done
@@ -269,35 +267,3 @@ class _Run:
             batches = data.evaluation(trainer.job, trainer.mesh, domain)
             losses = {name: trainer.evaluate(batches, objective) for name, objective in objectives.items()}
             self.note({"event": "evaluation", "step": self.done, "domain": domain, **losses})
-
-
-def require_same_data(history: list[Event], identities: dict[str, str]) -> None:
-    """Conflict where a run would go on with other texts than it began with: its order is a function of them."""
-    begun = identities_in(history)
-    changed = sorted(name for name in begun.keys() | identities.keys() if begun.get(name) != identities.get(name))
-    if changed:
-        raise Conflict(
-            f"The texts of {', '.join(changed)} changed since this run began.",
-            hint="Put them back, or give the job another name or version, which begins anew.",
-        )
-
-
-def identities_in(history: list[Event]) -> dict[str, str]:
-    """What was read: each domain's identity, as the run noted it at its beginning."""
-    found: dict[str, str] = next(event["domains"] for event in history if event["event"] == "data")
-    return found
-
-
-def read_history(folder: Path) -> list[Event]:
-    """The events that a checkpoint carries."""
-    lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON; a number that is not finite, which JSON does not have, as text."""
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

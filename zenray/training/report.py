@@ -86,8 +86,9 @@ def _loss(steps: Sequence[Step], evaluations: Sequence[Evaluated]) -> tuple[str,
 
 def _entropy(steps: Sequence[Step]) -> tuple[str, str]:
     figure, axes = _axes("H / log E")
+    steps = [step for step in steps if step.entropy_ratios]  # others of a long run are kept without
     for layer in range(len(steps[0].entropy_ratios)):
-        found = [(step.step + 1, step.entropy_ratios[layer]) for step in steps if len(step.entropy_ratios) > layer]
+        found = [(step.step + 1, step.entropy_ratios[layer]) for step in steps]
         axes.plot(*zip(*found, strict=True), linewidth=1, label=f"sparse layer {layer}")
     axes.axhline(0.95, color="grey", linestyle=":", linewidth=1)
     axes.set_ylim(top=1.01)
@@ -101,9 +102,8 @@ def _routing(steps: Sequence[Step]) -> list[tuple[str, str]]:
     from matplotlib.ticker import MaxNLocator
 
     found = []
-    for name, step in (("in the first step", steps[0]), ("in the last step", steps[-1])):
-        if not step.loads:
-            continue
+    told = [step for step in steps if step.loads]
+    for name, step in (("in the first step", told[0]), ("over the last steps", told[-1])) if told else ():
         experts = max(len(load) for load in step.loads)
         most = max(share * len(load) for load in step.loads for share in load)
         gap = float("nan")  # left white, where a layer has fewer experts

@@ -38,7 +38,7 @@ from zenray.training.checkpointing import read_weight
 from zenray.training.context_parallel import check_experts
 from zenray.training.data.shards import TokenShards, tokenise_on_cluster
 from zenray.training.events import EventPlace
-from zenray.training.loop import HISTORY_NAME, Event, identities_in, read_history
+from zenray.training.history import HISTORY_NAME, Event, identities_in, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.report import REPORT_NAME, write_report
 from zenray.training.stages import check_stages
@@ -77,7 +77,7 @@ def run(
         choose_target(base.config, replicate_dense=job.stock_format == "replicate")
     choose(base.outline(), job.train)
     with _held(work_dir / "runs" / f"{name}.lock", name):
-        _connect()
+        connect()
         filesystem, folder = checkpoint_place(storage)
         about: dict[str, Any] = {
             "job": job.model_dump(mode="json"),
@@ -104,7 +104,8 @@ def run(
         return publish_result(job, name, store, base, Path(folder), history, work_dir, progress)
 
 
-def _connect() -> None:
+def connect() -> None:
+    """To Ray: the one that is named in the environment, or one on this machine. Idempotent."""
     if not ray.is_initialized():
         # With the dashboard: Ray Train asks it whether a run's driver lives, and clears up after one that does not.
         own = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
@@ -191,8 +192,9 @@ def _plans(base: Checkpoint, folder: Path) -> list[TensorPlan]:
 
 def _even(steps: list[Event]) -> list[float]:
     """H / log E of each sparse layer's load over some steps: a single one of few tokens says little."""
-    taken = [step for step in steps if not step["was_skipped"]]
-    loads = [torch.tensor(step["loads"], dtype=torch.double) * step["tokens"] for step in taken]
+    loads = [
+        torch.tensor(step["loads"], dtype=torch.double) * step["loads_tokens"] for step in steps if "loads" in step
+    ]
     return [load_report(load_E).entropy_ratio for load_E in torch.stack(loads).sum(dim=0)] if loads else []
 
 

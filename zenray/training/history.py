@@ -1,0 +1,120 @@
+"""What a run keeps of its events: a line for each, in every checkpoint, so that a resumed run tells the whole story.
+
+Lines are as long for a network of a hundred layers as for one of two: a step's figures of each layer and each expert
+are only told, and kept about a hundred times in a run, the loads as means since the time before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from zenray.spec.errors import Conflict
+
+HISTORY_NAME = "history.jsonl"
+Event = dict[str, Any]
+_TIMES = 100
+_OF_LAYERS = ("entropy_ratios", "max_violations", "loads")
+_DECISIVE = ("event", "step", "loss", "was_skipped")
+_UNFINISHED = "loads_so_far"
+
+
+class History:
+    """`events` has, on every worker, what decides about faults; `lines` all that is kept, on the first alone."""
+
+    def __init__(self, steps: int, *, is_written: bool = True) -> None:
+        self._steps, self._is_written = steps, is_written
+        self.events: list[Event] = []
+        self._lines: list[str] = []  # made once: a long run has many, and writes all at each checkpoint
+        self._loads: list[list[float]] = []  # of each layer and expert, times tokens, since they were last kept
+        self._tokens = 0
+
+    def add(self, event: Event) -> None:
+        """`event`: as JSON has it. A step has what `trainer.StepReport` says."""
+        self.events.append(_decisive(event))
+        if self._is_written:
+            self._lines.append(_line(self._shortened(event) if event["event"] == "step" else event))
+
+    def lines(self) -> list[str]:
+        """Of a checkpoint that is made now."""
+        if not self._tokens:
+            return list(self._lines)
+        return [*self._lines, _line({"event": _UNFINISHED, "loads": self._loads, "tokens": self._tokens})]
+
+    def restore(self, kept: list[Event]) -> None:
+        """As it was when a checkpoint was made that carries these events."""
+        self.events, self._lines, self._loads, self._tokens = [], [], [], 0
+        for event in kept:
+            if event["event"] == _UNFINISHED:
+                self._loads, self._tokens = event["loads"], event["tokens"]
+                continue
+            self.events.append(_decisive(event))
+            if self._is_written:
+                self._lines.append(_line(event))
+
+    def _shortened(self, step: Event) -> Event:
+        if not step["was_skipped"]:
+            tokens, loads = step["tokens"], step["loads"]
+            before = self._loads or [[0.0] * len(load) for load in loads]
+            self._loads = [
+                [sum_ + share * tokens for sum_, share in zip(*layer, strict=True)]
+                for layer in zip(before, loads, strict=True)
+            ]
+            self._tokens += tokens
+        short = {name: value for name, value in step.items() if name not in _OF_LAYERS}
+        number = step["step"] + 1
+        if number not in (1, self._steps) and number % max(1, self._steps // _TIMES):
+            return short
+        short |= {name: step[name] for name in ("entropy_ratios", "max_violations")}
+        if self._tokens:
+            short["loads"] = [[sum_ / self._tokens for sum_ in layer] for layer in self._loads]
+            short["loads_tokens"] = self._tokens
+        self._loads, self._tokens = [], 0
+        return short
+
+
+def read_history(folder: Path) -> list[Event]:
+    """The events that a checkpoint carries."""
+    lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_history(lines: list[str], folder: Path) -> None:
+    with (folder / HISTORY_NAME).open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def require_same_data(history: list[Event], identities: dict[str, str]) -> None:
+    """Conflict where a run would go on with other texts than it began with: its order is a function of them."""
+    begun = identities_in(history)
+    changed = sorted(name for name in begun.keys() | identities.keys() if begun.get(name) != identities.get(name))
+    if changed:
+        raise Conflict(
+            f"The texts of {', '.join(changed)} changed since this run began.",
+            hint="Put them back, or give the job another name or version, which begins anew.",
+        )
+
+
+def identities_in(history: list[Event]) -> dict[str, str]:
+    """What was read: each domain's identity, as the run noted it at its beginning."""
+    found: dict[str, str] = next(event["domains"] for event in history if event["event"] == "data")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """As it comes back from JSON; a number that is not finite, which JSON does not have, as text."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decisive(event: Event) -> Event:
+    return {name: event[name] for name in _DECISIVE} if event["event"] == "step" else event
+
+
+def _line(event: Event) -> str:
+    return json.dumps(event) + "\n"
