@@ -17,6 +17,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.cli.test_commands import MODEL, Zenray, control, zenray  # noqa: F401
+from tests.cli.test_jobs import JOB
 from zenray.cli import demo
 from zenray.cli.client import ControlClient
 from zenray.cli.commands import platform as commands
@@ -169,7 +170,7 @@ def test_a_job_is_not_run_beside_a_platform_that_is_starting(
 ) -> None:
     monkeypatch.setattr(ControlClient, "connect", lambda home: home.running())
     job = tmp_path / "job.yaml"
-    job.write_text("kind: evaluate\nname: measure\nversion: {model: dense}\ntext: [{domain: code, builtin: code}]\n")
+    job.write_text(JOB)
     with home.held():
         assert "starting or stopping" in zenray("run", str(job), fails=True)
 
