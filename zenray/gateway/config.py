@@ -20,8 +20,6 @@ class GatewayConfig(GatewaySettings):
         "gateway", pattern=r"^[a-z0-9][a-z0-9.-]{0,40}$", description="Unique among the gateways of one control."
     )
     key_prefix: str = Field("sk-zen-", pattern=r"^[a-z0-9-]{2,20}$")
-    drain_timeout_s: float = Field(30, ge=0, description="At SIGTERM, open requests may go on so long.")
-    wake_timeout_s: float = Field(300, gt=0, description="A request waits so long for a sleeping model.")
     ping_interval_s: float = Field(5, gt=0, description="Between keep-alive comments on a stream that waits.")
     upstream_silence_s: float = Field(600, gt=0, description="A replica that sends nothing for so long has failed.")
     lease_wait_s: float = Field(1, gt=0, description="A request without credit waits so long for control.")

@@ -144,7 +144,10 @@ class DeploymentSpec(Document):
     cpus_per_replica: float = Field(1, gt=0)
     gpus_per_replica: float = Field(0, ge=0)
     graceful_shutdown_timeout_s: float = Field(
-        600, ge=0, description="At least the longest stream: a replica drains this long."
+        600,
+        ge=0,
+        description="A replica that leaves goes on with its streams for so long. Longer ones break off with an error, "
+        "and are billed up to there.",
     )
 
     canary: Canary | None = Field(

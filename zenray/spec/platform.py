@@ -25,7 +25,9 @@ class ControlSettings(Document):
     host: str = "127.0.0.1"
     port: int = Field(8081, ge=0, le=65535)
     database_url: str | None = Field(None, description="SQLAlchemy URL; None: SQLite in the platform's folder.")
-    reconcile_interval_s: float = Field(1.0, gt=0)
+    reconcile_interval_s: float = Field(
+        0.5, gt=0, description="Between looks at Ray Serve; at jobs control looks half as often."
+    )
 
 
 class GatewaySettings(Document):
@@ -39,6 +41,10 @@ class GatewaySettings(Document):
         3600, gt=0, description="Cut off from control for longer, a gateway refuses requests."
     )
     ship_interval_s: float = Field(0.5, gt=0)
+    drain_timeout_s: float = Field(30, ge=0, description="When it is stopped, open requests may go on so long.")
+    wake_timeout_s: float = Field(
+        300, gt=0, description="A request waits so long for a sleeping model; more than its size takes to load."
+    )
     otlp_endpoint: str | None = Field(
         None, pattern=r"^https?://", description="An OpenTelemetry collector (OTLP over HTTP). None: no traces."
     )
