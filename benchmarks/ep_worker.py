@@ -92,7 +92,8 @@ def job(of_step: int, of_pass: int, workers: int) -> PretrainJob:
 def batch(ids_BS: Tensor) -> Batch:
     """Sequences of one document each, and the token after every token."""
     place = torch.arange(LENGTH).expand(ids_BS.shape[0], LENGTH)
-    return Batch(ids_BS[:, :-1], ids_BS[:, 1:], place, torch.zeros_like(place))
+    none = torch.zeros_like(place)
+    return Batch(ids_BS[:, :-1], ids_BS[:, 1:], place, document_BS=none, domain_BS=none)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from ray.train.torch import TorchTrainer
 
 from benchmarks.report import print_report
 from zenray.model.config import MoDEConfig, RouterConfig, uniform_experts
+from zenray.model.distillation import head_loss
 from zenray.model.network import MoDE
 from zenray.spec.training import Checkpoints, PretrainJob
 from zenray.storage.local import LocalStore
@@ -40,7 +41,7 @@ from zenray.training.data.stream import PackedDomain, SequenceStream
 from zenray.training.data.tokens import DomainTokens
 from zenray.training.events import EventPlace, EventStream
 from zenray.training.loop import TrainingSet, train
-from zenray.training.loss import head_loss, hidden_states
+from zenray.training.loss import hidden_states
 from zenray.training.notice import Notice, watch_in_actor
 from zenray.training.trainer import Trainer
 from zenray.training.uploads import RayRecorder

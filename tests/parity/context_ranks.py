@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from tests.parity import training_ranks
-from tests.parity.training_ranks import BASE, CLIPPED, DIVERSE, UNCLIPPED, Case, Found, find, job_of, network
+from tests.parity.training_ranks import (
+    BASE,
+    CLIPPED,
+    DIVERSE,
+    DOMAIN_BLOCKS,
+    UNCLIPPED,
+    Case,
+    Found,
+    Layout,
+    domains_of,
+    find,
+    job_of,
+    network,
+    on_ranks,
+    part_of_pass,
+)
 from zenray.spec.training import DistillJob
 from zenray.training.context_parallel import own_places
 from zenray.training.data.stream import Batch, pack
@@ -25,31 +38,24 @@ UNEVEN = {1: (5,), 2: (3, 2)}  # sequences of each reader in one pass
 LOCAL = {"sliding_window": WINDOW, "local_layers": (0, 2)}
 CASES = {
     "windows": Case(replace(BASE, **LOCAL), UNCLIPPED),
-    "clipped diverse with a teacher": Case(replace(DIVERSE, **LOCAL), CLIPPED, has_teacher=True),
+    "clipped diverse with a teacher": Case(replace(DIVERSE, **LOCAL), CLIPPED, shares=(1.0,)),
+    "teachers of two domains": Case(BASE, UNCLIPPED, shares=((1.0, 0.0), (0.0, 1.0))),
+    "domain blocks": Case(DOMAIN_BLOCKS, CLIPPED),
     "a teacher whose answers are kept": Case(BASE, UNCLIPPED),
     "selective recomputation": Case(DIVERSE, CLIPPED, recompute="selective"),
     "half precision": Case(BASE, UNCLIPPED, dtype="bfloat16"),
 }
 
 
-class Layout(NamedTuple):
-    context: int
-    expert: int = 1
-    fully_sharded: bool = False
-
-    def __str__(self) -> str:
-        return f"cp{self.context}-ep{self.expert}{'-sharded' * self.fully_sharded}"
-
-
 LAYOUTS = {
-    2: (Layout(2), Layout(2, 2), Layout(2, 1, True)),
-    4: (Layout(2), Layout(2, 2), Layout(4), Layout(4, 2, True)),
+    2: (Layout(context=2), Layout(2, context=2), Layout(1, True, context=2)),
+    4: (Layout(context=2), Layout(2, context=2), Layout(context=4), Layout(2, True, context=4)),
 }
 
 
 def cases_of(layout: Layout) -> list[str]:
     """All where sequences and experts are shared, on the other layouts those that differ most."""
-    return list(CASES) if layout == Layout(2, 2) else ["windows", "clipped diverse with a teacher"]
+    return list(CASES) if layout == Layout(2, context=2) else ["windows", "clipped diverse with a teacher"]
 
 
 def sequences_of(number: int) -> list[Any]:
@@ -64,9 +70,8 @@ def sequences_of(number: int) -> list[Any]:
 
 
 def batches_of(reader: int, count: int) -> list[Batch]:
-    sizes = UNEVEN[count]
-    part = slice(sum(sizes[:reader]), sum(sizes[: reader + 1]))
-    return [pack(sequences_of(number)[part]) for number in range(PASSES)]
+    part = part_of_pass(UNEVEN[count], reader)
+    return [pack(sequences_of(number)[part], domains_of(part)) for number in range(PASSES)]
 
 
 def make_trainer(name: str, folder: Path, mesh: Mesh | None = None) -> Trainer:
@@ -110,22 +115,14 @@ def assemble(ranks: list[Found], layout: Layout, number: int) -> torch.Tensor:
 
 def spawn(world: int, folder: Path) -> dict[tuple[str, Layout], list[tuple[Found, float]]]:
     """Every case on every layout of `world` ranks: {(case, layout): one result for each rank}."""
-    folder.mkdir()
-    multiprocessing.spawn(_rank_main, args=(world, str(folder)), nprocs=world)
-    by_rank = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
-    return {key: [found[key] for found in by_rank] for key in by_rank[0]}
+    return on_ranks(_find_all, world, folder, folder)
 
 
-def _rank_main(rank: int, world: int, folder: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+def _find_all(folder: Path) -> dict[tuple[str, Layout], tuple[Found, float]]:
     found = {}
-    for layout in LAYOUTS[world]:
-        mesh = Mesh.create(layout.expert, context_size=layout.context, fully_sharded=layout.fully_sharded)
+    for layout in LAYOUTS[dist.get_world_size()]:
+        mesh = layout.mesh()
         for name in cases_of(layout):
-            answers = Path(folder, f"answers-{rank}-{layout}")  # each rank's own: nobody reads what another asked for
+            answers = folder / f"answers-{dist.get_rank()}-{layout}"  # each rank's own: nobody reads what another asked
             found[name, layout] = run_case(name, answers, mesh)
-    torch.save(found, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+    return found

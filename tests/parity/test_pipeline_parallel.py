@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.pipeline_ranks import CASES, CHAINED, LAYOUTS, RESHARDED, Layout, run_case, spawn
-from tests.parity.training_ranks import Found, Part, check_ratio, make_trainer, whole
+from tests.parity.pipeline_ranks import CASES, CHAINED, LAYOUTS, RESHARDED, run_case, spawn
+from tests.parity.training_ranks import Found, Layout, Part, check_ratio, make_trainer, whole
 from zenray.training.checkpointing import difference, load, read_weight, save
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(900)]  # the first question to four ranks runs all their cases
@@ -37,7 +37,7 @@ def ranks_of(checkpoints: Path) -> RanksOf:
         if world == 4:
             run(2)
             trainer = make_trainer(RESHARDED)
-            save(trainer, load(trainer, checkpoints / "2" / "pp1-ep2"), checkpoints / "alone")
+            save(trainer, load(trainer, checkpoints / "2" / "ep2"), checkpoints / "alone")
             return spawn(4, checkpoints / "4", checkpoints / "alone")
         return spawn(2, checkpoints / "2")
 
@@ -102,7 +102,7 @@ def test_updated_weights_and_selection_biases(ranks_of: RanksOf, alone, name: st
 def test_a_stage_holds_its_layers_alone(ranks_of: RanksOf) -> None:
     """The first stage has the embedding, the last the norm and the head, which tied is the embedding again."""
     for name, head in (("head apart", "lm_head"), ("tied head, clipped, with a teacher", "model.embed_tokens")):
-        stages = [named_parts(one.weights) for one in ranks_of(name, 4, Layout(4))]
+        stages = [named_parts(one.weights) for one in ranks_of(name, 4, Layout(stages=4))]
         assert [sorted(part for part in stage if "layers" in part) for stage in stages] == [
             ["model.layers.0"],
             ["model.layers.1"],
@@ -124,7 +124,7 @@ def named_parts(weights: dict[str, Part]) -> set[str]:
 def test_a_checkpoint_does_not_know_its_stages(ranks_of: RanksOf, checkpoints: Path) -> None:
     """PP 2 → EP 2 → one process → PP 2 × EP 2 → PP 4 → PP 2 sharded → PP 2 × EP 2 sharded: weights and moments, bit for
     bit. All of them have every weight of the network, so that any can be published."""
-    ranks_of("head apart", 4, Layout(4))
+    ranks_of("head apart", 4, Layout(stages=4))
     first = checkpoints / "2" / str(CHAINED[2][0])
     later = [checkpoints / str(world) / str(layout) for world, some in CHAINED.items() for layout in some]
     for other in [checkpoints / "alone", *later[1:]]:
@@ -138,9 +138,9 @@ def test_a_checkpoint_does_not_know_its_stages(ranks_of: RanksOf, checkpoints: P
 
 
 def test_a_pipeline_goes_on_as_if_it_had_not_stopped(ranks_of: RanksOf, checkpoints: Path) -> None:
-    ranks_of("head apart", 2, Layout(2))
+    ranks_of("head apart", 2, Layout(stages=2))
     assert difference(checkpoints / "2" / "went-on", checkpoints / "2" / "resumed") == []
-    assert difference(checkpoints / "2" / "went-on", checkpoints / "2" / str(Layout(2))) != []
+    assert difference(checkpoints / "2" / "went-on", checkpoints / "2" / str(Layout(stages=2))) != []
 
 
 def test_the_cases_test_something(alone) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from zenray.training.data.stream import Batch, pack
 from zenray.training.layout import layouts_of, local_part
 from zenray.training.mesh import Mesh
 from zenray.training.sharding import let_go
-from zenray.training.trainer import Trainer
+from zenray.training.trainer import Share, StepReport, Trainer
 
 VOCABULARY, LENGTH, PASSES = 61, 12, 2
 SEQUENCES = 7  # of one pass, over all workers: they do not divide evenly
@@ -63,13 +64,13 @@ DOMAIN_BLOCKS = replace(
 
 @dataclass(frozen=True)
 class Case:
-    """`empty`: experts that no token ever reaches."""
+    """`empty`: experts that no token ever reaches. `shares`: what each teacher counts, of two domains."""
 
     config: MoDEConfig
     settings: dict[str, Any] = field(default_factory=dict)
     train: tuple[str, ...] = ("dense", "routers", "experts")
     empty: tuple[int, ...] = ()
-    has_teacher: bool = False
+    shares: tuple[Share, ...] = ()
     optimizer: str = "sgd"
     dtype: str = "float32"
     recompute: str = "full"
@@ -81,7 +82,8 @@ ADAMW = {**CLIPPED, "weight_decay": 0.1, "learning_rate": 1e-2}
 CASES = {
     "equal experts": Case(BASE, UNCLIPPED),
     "empty experts": Case(BASE, UNCLIPPED, empty=(0, 1, 6)),
-    "diverse experts with a teacher": Case(DIVERSE, UNCLIPPED, has_teacher=True),
+    "diverse experts with a teacher": Case(DIVERSE, UNCLIPPED, shares=(1.0,)),
+    "teachers of two domains": Case(BASE, UNCLIPPED, shares=((1.0, 0.25), (0.0, 0.75))),
     "clipped": Case(BASE, CLIPPED),
     "clipped diverse": Case(DIVERSE, CLIPPED),
     "domain blocks": Case(DOMAIN_BLOCKS, CLIPPED),
@@ -91,21 +93,40 @@ CASES = {
     "nothing recomputed": Case(BASE, UNCLIPPED, recompute="none"),
     "half precision": Case(BASE, UNCLIPPED, dtype="bfloat16"),
 }
-LAYOUTS = {  # world: (expert_parallel, fully_sharded)
-    1: ((1, True),),
-    2: ((1, False), (2, False), (1, True), (2, True)),
-    4: ((1, False), (2, False), (4, False), (1, True), (2, True), (4, True)),
+
+
+class Layout(NamedTuple):
+    """How ranks share the work; those that are left are data-parallel."""
+
+    expert: int = 1
+    fully_sharded: bool = False
+    context: int = 1
+    stages: int = 1
+
+    def mesh(self) -> Mesh:
+        """Collective."""
+        return Mesh.create(self.expert, fully_sharded=self.fully_sharded, context_size=self.context, stages=self.stages)
+
+    def __str__(self) -> str:
+        shared = (("pp", self.stages), ("cp", self.context), ("ep", self.expert))
+        named = [f"{name}{ranks}" for name, ranks in shared if ranks > 1 or name == "ep"]
+        return "-".join([*named, *["sharded"] * self.fully_sharded])
+
+
+LAYOUTS = {
+    1: (Layout(1, True),),
+    2: (Layout(1), Layout(2), Layout(1, True), Layout(2, True)),
+    4: (Layout(1), Layout(2), Layout(4), Layout(1, True), Layout(2, True), Layout(4, True)),
 }
-Layout = tuple[int, bool]
 
 
 def cases_of(world: int, layout: Layout) -> list[str]:
     """All on the layouts that differ most; on the others those cases that do."""
-    if (world, layout) in {(2, (2, False)), (2, (2, True))}:
+    if world == 2 and layout.expert == 2:
         return list(CASES)
-    if (world, layout) in {(4, (2, False)), (4, (2, True))}:
+    if world == 4 and layout.expert == 2:
         return [name for name, case in CASES.items() if case.recompute == "full"]
-    return ["empty experts", "clipped diverse", "domain blocks", "one group learns"]
+    return ["empty experts", "teachers of two domains", "clipped diverse", "domain blocks", "one group learns"]
 
 
 @dataclass
@@ -125,7 +146,7 @@ class Found:
     gradients: dict[str, Part]
     weights: dict[str, Part]
     norms: dict[str, Any]
-    report: Any
+    report: StepReport
     loads: list[torch.Tensor]
 
 
@@ -134,15 +155,15 @@ def job_of(case: Case) -> TrainingJob:
         "name": "parity",
         "base": {"model": "base"},
         "into": {"model": "made", "version": "v1"},
-        "data": {"sources": [{"domain": "prose", "builtin": "prose"}]},
+        "data": {"sources": [{"domain": name, "builtin": name} for name in ("prose", "code")]},
         "steps": 4,
         "train": case.train,
         "dtype": case.dtype,
         "activation_checkpointing": case.recompute,
         "optimisation": {"warmup_steps": 0, "learning_rate": 0.1, **case.settings},
     }
-    if case.has_teacher:
-        teachers = [{"version": {"model": "teacher"}}]
+    if case.shares:
+        teachers = [{"version": {"model": "teacher"}}] * len(case.shares)
         return DistillJob(**about, kind="distill", teachers=teachers, distillation=0.7, temperature=2.0)
     return PretrainJob(**about, kind="pretrain")
 
@@ -158,8 +179,8 @@ def network(config: MoDEConfig, seed: int, empty: tuple[int, ...] = ()) -> MoDE:
 
 def make_trainer(case: Case, mesh: Mesh | None = None) -> Trainer:
     one_layer = replace(case.config, num_hidden_layers=1, sparse_layers=(0,), local_layers=case.config.local_layers[:1])
-    teachers = [(network(one_layer, 5), 1.0)]
-    trainer = Trainer(network(case.config, 1, case.empty), job_of(case), mesh, teachers if case.has_teacher else ())
+    teachers = [(network(one_layer, 5 + number), share) for number, share in enumerate(case.shares)]
+    trainer = Trainer(network(case.config, 1, case.empty), job_of(case), mesh, teachers)
     if case.optimizer == "sgd":  # Adam divides a wrong scale away; plain descent shows it
         masters = [one.master for one in trainer.trainables]
         trainer.optimizer = torch.optim.SGD([{"params": masters, "scale": 1.0}], lr=0.1)
@@ -177,10 +198,19 @@ def whole_pass(number: int) -> list[Any]:
     return found
 
 
-def batches_of(rank: int, world: int, step: int) -> list[Batch]:
-    sizes = UNEVEN[world]
-    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    return [pack(whole_pass(step * PASSES + number)[part]) for number in range(PASSES)]
+def batches_of(reader: int, readers: int, step: int, passes: int = PASSES) -> list[Batch]:
+    part = part_of_pass(UNEVEN[readers], reader)
+    return [pack(whole_pass(step * passes + number)[part], domains_of(part)) for number in range(passes)]
+
+
+def domains_of(part: slice) -> list[int]:
+    """Of a pass's sequences: of two domains, of which some ranks have one alone."""
+    return [number % 5 // 3 for number in range(part.start, part.stop)]
+
+
+def part_of_pass(sizes: tuple[int, ...], reader: int) -> slice:
+    """A reader's sequences of a pass, of which the readers have so many each."""
+    return slice(sum(sizes[:reader]), sum(sizes[: reader + 1]))
 
 
 def run_case(case: Case, mesh: Mesh | None = None, rank: int = 0, world: int = 1, steps: int = 1) -> Found:
@@ -193,9 +223,13 @@ def find(trainer: Trainer, steps: list[list[Batch]]) -> Found:
     with torch.no_grad():
         outputs = [trainer.objective.hidden_states(part_of(batch, trainer.mesh)).clone() for batch in steps[0]]
     let_go(trainer.objective)
-    report = None
     for step, batches in enumerate(steps):
         report = trainer.step(step, batches)
+    return found_in(trainer, outputs, report)
+
+
+def found_in(trainer: Trainer, outputs: list[torch.Tensor], report: StepReport) -> Found:
+    """`report`: of the last step."""
     biases = [part.bias_E.clone() for part in trainer.model.modules() if getattr(part, "bias_E", None) is not None]
     return Found(
         outputs=outputs,
@@ -247,43 +281,56 @@ def check_ratio(name: str, one: torch.Tensor, reference: torch.Tensor, tolerance
 
 def spawn(world: int, folder: Path, chain: tuple[Path, ...]) -> dict[tuple[str, Layout], list[Found]]:
     """Every case on every layout of `world` ranks: {(case, layout): one result for each rank}."""
+    return on_ranks(_find_all, world, folder, chain)
+
+
+def on_ranks(body: Callable[..., dict[Any, Any]], world: int, folder: Path, *arguments: Any) -> dict[Any, list[Any]]:
+    """What `body(*arguments)` gives on each of `world` gloo ranks, by its keys. `folder`: a new one, for the ranks."""
     folder.mkdir()
-    multiprocessing.spawn(_rank_main, args=(world, str(folder), tuple(map(str, chain))), nprocs=world)
+    multiprocessing.spawn(_rank_main, args=(world, folder, body, arguments), nprocs=world)
     by_rank = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
     return {key: [found[key] for found in by_rank] for key in by_rank[0]}
 
 
-def _rank_main(rank: int, world: int, folder: str, chain: tuple[str, ...]) -> None:
+def _rank_main(rank: int, world: int, folder: Path, body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     gradients.LARGE_BYTES = 2000  # some gradients are reduced alone, some in buckets
-    found = {}
-    for layout in LAYOUTS[world]:
-        mesh = Mesh.create(layout[0], fully_sharded=layout[1])
-        for name in cases_of(world, layout):
-            found[name, layout] = run_case(CASES[name], mesh, rank, world)
-    _reshard(world, chain)
-    torch.save(found, f"{folder}/rank-{rank}.pt")
+    torch.save(body(*arguments), folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
 
-def _reshard(world: int, chain: tuple[str, ...]) -> None:
+def _find_all(chain: tuple[Path, ...]) -> dict[tuple[str, Layout], Found]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for layout in LAYOUTS[world]:
+        mesh = layout.mesh()
+        for name in cases_of(world, layout):
+            found[name, layout] = run_case(CASES[name], mesh, rank, world)
+    _reshard(world, chain)
+    return found
+
+
+def _reshard(world: int, chain: tuple[Path, ...]) -> None:
     """Two ranks train and save; every later checkpoint is what another layout read from the one before."""
     layouts = CHAINED.get(world, ())
-    source = chain[0] if chain else ""
+    source = chain[0] if chain else Path()
     for number, (layout, target) in enumerate(zip(layouts, chain if world == 2 else chain[1:], strict=True)):
-        trainer = make_trainer(RESHARDED, Mesh.create(layout[0], fully_sharded=layout[1]))
+        trainer = make_trainer(RESHARDED, layout.mesh())
         if world == 2 and number == 0:
             steps = 2
             for step in range(steps):
                 trainer.step(step, batches_of(dist.get_rank(), 2, step))
         else:
-            steps = load(trainer, Path(source))
-        save(trainer, steps, Path(target))
+            steps = load(trainer, source)
+        save(trainer, steps, target)
         source = target
 
 
-CHAINED: dict[int, tuple[Layout, ...]] = {2: ((1, True), (2, False)), 4: ((4, False), (2, True), (2, False), (1, True))}
+CHAINED: dict[int, tuple[Layout, ...]] = {
+    2: (Layout(1, True), Layout(2)),
+    4: (Layout(4), Layout(2, True), Layout(2), Layout(1, True)),
+}
 RESHARDED = replace(CASES["clipped diverse"], optimizer="adamw")

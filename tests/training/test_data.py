@@ -14,13 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.training.tiny import END, job, write_text, write_version
+from zenray.model.distillation import IGNORED
 from zenray.spec.errors import Conflict, InvalidValue, NotFound
 from zenray.spec.training import DataSource, TrainingData
 from zenray.storage.arrow import arrow_filesystem
 from zenray.training.data.corpus import builtin_documents
 from zenray.training.data.documents import identity, read_documents, source_files, write_corpus
 from zenray.training.data.shards import TokenShards, make_shard
-from zenray.training.data.stream import IGNORED, PackedDomain, SequenceStream, pack
+from zenray.training.data.stream import PackedDomain, SequenceStream, pack
 from zenray.training.data.tokens import DomainTokens, prepare
 from zenray.training.history import require_same_data
 from zenray.training.loop import TrainingSet

@@ -25,7 +25,7 @@ def pipeline() -> Iterator[Pipeline]:
 
 
 def batch(length: int = 4) -> Batch:
-    return Batch(*(torch.zeros(2, length, dtype=torch.int64) for _ in range(4)))
+    return Batch(*(torch.zeros(2, length, dtype=torch.int64) for _ in range(5)))
 
 
 class Told:

@@ -14,15 +14,21 @@ import pytest
 import torch
 
 from tests.training.tiny import job, write_text, write_version
+from zenray.model.distillation import IGNORED, TopLogits
 from zenray.model.network import Masks, MoDE
 from zenray.spec.errors import InvalidValue, UpstreamFailed
-from zenray.spec.training import Teacher, TeacherEndpoint
-from zenray.training.data.stream import IGNORED, Batch, pack
+from zenray.spec.training import DistillJob, Teacher, TeacherEndpoint
+from zenray.spec.versions import VersionRef
+from zenray.storage.fake import FakeStore
+from zenray.storage.versions import publish
+from zenray.training.data.stream import Batch, pack
 from zenray.training.data.tokens import prepare
 from zenray.training.loop import TrainingSet
+from zenray.training.mesh import Mesh
 from zenray.training.networks import Checkpoint
 from zenray.training.teachers import EndpointAnswers, NetworkAnswers, TopTeacher
 from zenray.training.trainer import Trainer
+from zenray.training.worker import assemble
 
 COUNT, VOCABULARY = 5, 257
 
@@ -115,6 +121,38 @@ def test_an_endpoint_says_what_the_same_network_says_here(server, teacher, packe
     assert sorted(len(request["prompt"]) for request in server.requests) == [5, 7, 13]
 
 
+def test_a_job_is_assembled_with_teachers_of_each_kind(server, base, teacher, tmp_path) -> None:
+    """One beside the student, one kept from a version, one kept from an endpoint: the same network, so one distance."""
+    store = FakeStore()
+    for name, checkpoint in (("tiny", base), ("teacher", teacher)):
+        publish(store, VersionRef(model=name, version="v0"), checkpoint.folder)
+    version = {"model": "teacher", "version": "v0"}
+    kinds = (
+        {"version": version},
+        {"version": version, "top_logits": VOCABULARY},
+        {"endpoint": endpoint(server).model_dump(), "top_logits": VOCABULARY},
+    )
+    server.most_logprobs = VOCABULARY
+
+    def distance(*teachers: dict[str, Any]) -> float:
+        trainer, data = assemble(
+            job(write_text(tmp_path / "text"), "distill", teachers=teachers), store, tmp_path / "work", Mesh()
+        )
+        assert len(trainer.teachers) + len(trainer.kept_teachers) == len(teachers)
+        return trainer.step(0, data.step(trainer.job, trainer.mesh, 0)).kl
+
+    alone = [distance(kind) for kind in kinds]
+    assert server.requests and alone == pytest.approx([alone[0]] * 3, rel=2e-3) and alone[0] > 0.01
+    assert distance(*kinds) == pytest.approx(alone[0], rel=2e-3)
+    two = [one for one in (tmp_path / "work" / "teachers").iterdir() if any(one.rglob("*.npz"))]
+    assert len(two) == 2, "a network's answers and an endpoint's are kept apart"
+
+
+def test_a_network_answers_from_where_it_is_told_to_be(teacher) -> None:
+    answers = NetworkAnswers(teacher.network, COUNT, 1.0, torch.device("meta"))
+    assert answers._network.lm_head.weight.is_meta
+
+
 def test_each_sequence_is_asked_for_once_whatever_batch_it_is_in(server, packed, tmp_path) -> None:
     def fresh(name: str = "teacher", count: int = COUNT) -> TopTeacher:
         return TopTeacher(EndpointAnswers(endpoint(server), count, VOCABULARY), tmp_path, name, count)
@@ -179,6 +217,68 @@ def test_with_all_tokens_kept_a_step_is_that_with_the_teacher_beside_it(base, te
         assert all_kept.kl == pytest.approx(full.kl, rel=2e-3) and full.kl > 0.01
         assert all_kept.gradient_norm == pytest.approx(full.gradient_norm, rel=2e-3)
         assert 0 < few.kl < full.kl
+
+
+class Counting:
+    """A teacher that notes how many sequences it was asked about."""
+
+    def __init__(self, answers: NetworkAnswers) -> None:
+        self.answers, self.asked = answers, 0
+
+    def __call__(self, sequence: Batch) -> TopLogits:
+        self.asked += 1
+        return self.answers(sequence)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_teachers_of_two_domains_teach_what_each_would_alone(base, teacher, tmp_path, keeps) -> None:
+    """Gradients and distances are the sum of those of each domain's sequences with their teacher."""
+    text = write_text(tmp_path / "text")
+    teachers = {"count": teacher, "spell": Checkpoint.open(write_version(tmp_path / "second", seed=9))}
+    asked = [{"version": {"model": name}, "domains": [name]} for name in teachers]
+    linear = {"clip_norm": 1e9, "balance_coefficient": 0.0}
+    wanted = job(text, "distill", teachers=asked, distillation=0.7, optimisation=linear)
+    assert isinstance(wanted, DistillJob) and wanted.shares == ((1.0, 0.0), (0.0, 1.0))
+    tokens = prepare(wanted.data, base.tokenizer_file, base.end_token, 0, tmp_path / "tokens")
+    batches = TrainingSet.open(wanted, tokens).step(wanted, Mesh(), 0)
+    of_domain = [batch.domain_BS[:, 0] for batch in batches]
+    counts = dict(zip(teachers, torch.cat(of_domain).bincount().tolist(), strict=True))
+    assert min(counts.values()) > 0
+
+    def learn(shares: dict[str, tuple[float, ...]], sequences: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+        """Distances and gradients, summed over targets."""
+        answers = {name: Counting(NetworkAnswers(teachers[name].network, VOCABULARY, 1.0)) for name in shares}
+        folder = tmp_path / f"kept by {len(shares)}"
+        kept = [(TopTeacher(answers[name], folder, name, VOCABULARY), share) for name, share in shares.items()]
+        beside = [(teachers[name].network(), share) for name, share in shares.items()]
+        trainer = Trainer(base.network(), wanted, None, () if keeps else beside, kept if keeps else ())
+        report = trainer.step(0, sequences)
+        if keeps:  # nobody is asked about what it does not teach
+            assert {name: one.asked for name, one in answers.items()} == {name: counts[name] for name in shares}
+        targets = sum(batch.num_targets for batch in sequences)
+        return report.kl * targets, {one.name: one.gradient * targets for one in trainer.trainables}
+
+    kl, gradients = learn(dict(zip(teachers, wanted.shares, strict=True)), batches)
+    parts = []
+    for number, name in enumerate(teachers):
+        own = [batch.sequences(of == number) for batch, of in zip(batches, of_domain, strict=True)]
+        parts.append(learn({name: (1.0, 1.0)}, [batch for batch in own if len(batch.ids_BS)]))
+    assert kl == pytest.approx(sum(one for one, _ in parts), rel=1e-4) and min(one for one, _ in parts) > 1
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, parts[0][1][name] + parts[1][1][name], rtol=1e-3, atol=1e-3)
+
+
+def test_shares_are_of_each_domains_teachers(tmp_path) -> None:
+    about = [
+        {"version": {"model": "a"}, "weight": 3.0},
+        {"version": {"model": "b"}, "domains": ["spell"]},
+    ]
+    wanted = job(write_text(tmp_path), "distill", teachers=about)
+    assert isinstance(wanted, DistillJob) and wanted.shares == ((1.0, 0.75), (0.0, 0.25))
+    alone = job(write_text(tmp_path), "distill", teachers=about[1:])
+    assert isinstance(alone, DistillJob) and alone.shares == ((0.0, 1.0),)
+    with pytest.raises(ValueError, match=r"no domain 'spel', which a teacher names\. Did you mean 'spell'"):
+        job(write_text(tmp_path), "distill", teachers=[{"version": {"model": "b"}, "domains": ["spel"]}])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ Part = Literal["dense", "routers", "experts"]
 Recomputed = Literal["none", "selective", "full"]
 BUCKET_BYTES = 64 << 20  # of gradients that are added up in one message (zenray.training.gradients)
 BLOCK = 256  # moments in 8 bits with a scale in float32 (zenray.training.optimizer)
-CHUNK_TOKENS = 1024  # whose logits are in memory at once (zenray.training.loss)
+CHUNK_TOKENS = 1024  # whose logits are in memory at once (zenray.model.distillation)
 
 
 _NOTHING_SHARED = Axes()

@@ -1,83 +1,29 @@
-"""Distillation losses: forward KL from one or several teachers, chunked over tokens, and from cached top-k logits.
+"""What a student loses against its text and its teachers, without ever holding the logits of all tokens at once.
 
 T tokens, D hidden, V vocabulary, N stored logits per token.
 
-    L = L_LM + λ · L_distill,   L_distill = τ² · mean over tokens of KL(p_teacher ‖ p_student)
+    L = Σ over targets of −log q(label) + λ · τ² · Σ over teachers of w · KL(p ‖ q)
 
-(zen-mode blog, phase 3). Both distributions are softened by the temperature τ; τ² keeps the gradients' size (Hinton et
-al., arXiv 1503.02531). Padding is left out before anything is computed, whatever stands in it.
+(zen-mode blog, phase 3). p of a teacher and q of the student are softened by the temperature τ; τ² keeps the gradients'
+size (Hinton et al., arXiv 1503.02531). Each teacher has a weight w for each token, so that expert groups of different
+domains can have teachers of their own (HIP-39).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from zenray.spec.errors import InvalidValue, suggest
+from zenray.model.linear import linear, times_transposed
+from zenray.spec.errors import InvalidValue
 
-Head = Callable[[Tensor], Tensor]
-"""Hidden states of some tokens to their logits."""
-
-
-def forward_kl(
-    student_TV: Tensor, teacher_TV: Tensor, *, temperature: float = 1.0, valid_T: Tensor | None = None
-) -> Tensor:
-    """τ² · mean over valid tokens of KL(teacher ‖ student), from logits; float32. 0 where no token is valid."""
-    student_TV, teacher_TV = _valid(valid_T, student_TV, teacher_TV)
-    return temperature**2 * _mean(_kl(student_TV, teacher_TV, temperature))
-
-
-def chunked_forward_kl(
-    student_TD: Tensor,
-    student_head: Head,
-    teacher_TD: Tensor,
-    teacher_head: Head,
-    *,
-    temperature: float = 1.0,
-    valid_T: Tensor | None = None,
-    chunk_tokens: int = 1024,
-) -> Tensor:
-    """`forward_kl` from hidden states: at most `chunk_tokens` × V logits of each model exist at once, both passes."""
-    student_TD, teacher_TD = _valid(valid_T, student_TD, teacher_TD)
-
-    def chunk_sum(student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher)
-        return _kl(student_head(student), teacher_logits, temperature).sum()
-
-    parts = zip(student_TD.split(chunk_tokens), teacher_TD.split(chunk_tokens), strict=True)
-    sums = [checkpoint(chunk_sum, *part, use_reentrant=False) for part in parts]
-    return temperature**2 * torch.stack(sums).sum() / max(1, student_TD.shape[0])
-
-
-def grouped_forward_kl(
-    student_TV: Tensor,
-    teachers: Mapping[str, Tensor],
-    teacher_of_T: Tensor,
-    names: tuple[str, ...],
-    *,
-    temperature: float = 1.0,
-    valid_T: Tensor | None = None,
-) -> Tensor:
-    """Several teachers, one for each expert group (HIP-39): every token follows the teacher of its domain.
-
-    `teachers[name]`: that teacher's logits (T, V), of which only its own tokens' rows are read. `teacher_of_T`: for
-    each token an index into `names`, or −1 for none. The mean is over all tokens that have a teacher.
-    """
-    for name in names:
-        if name not in teachers:
-            raise InvalidValue(f"There are no logits of teacher {name!r}.", hint=suggest(name, teachers))
-    has_teacher_T = teacher_of_T >= 0 if valid_T is None else (teacher_of_T >= 0) & valid_T.to(torch.bool)
-    total = student_TV.new_zeros((), dtype=torch.float32)
-    for index, name in enumerate(names):
-        of_name = (has_teacher_T & (teacher_of_T == index)).nonzero().flatten()
-        if of_name.numel():
-            total = total + _kl(student_TV[of_name], teachers[name][of_name], temperature).sum()
-    return temperature**2 * total / has_teacher_T.sum().clamp(min=1)
+IGNORED = -100  # as a label: not a target, whatever stands there
+CHUNK_TOKENS = 1024  # logits of so many tokens are in memory at once
 
 
 class TopLogits(NamedTuple):
@@ -95,37 +41,153 @@ def keep_top(teacher_TV: Tensor, count: int, *, temperature: float = 1.0) -> Top
     return TopLogits(best.indices.to(torch.int32), best.values, temperature)
 
 
-def top_forward_kl(student_TV: Tensor, teacher: TopLogits, *, valid_T: Tensor | None = None) -> Tensor:
-    """`forward_kl` from stored logits: KL over the N tokens and one bucket for all others. Never above the full KL, and
-    equal to it when N = V."""
-    student_TV, ids_TN, log_p_TN = _valid(valid_T, student_TV, teacher.ids_TN.long(), teacher.log_probs_TN.float())
-    log_q_TV = (student_TV.float() / teacher.temperature).log_softmax(dim=-1)
-    log_q_TN = log_q_TV.gather(-1, ids_TN)
-    per_token_T = (log_p_TN.exp() * (log_p_TN - log_q_TN)).sum(dim=-1)
-    if ids_TN.shape[-1] < student_TV.shape[-1]:
-        rest_p_T, rest_q_T = ((1 - kept.exp().sum(dim=-1)).clamp(min=1e-9) for kept in (log_p_TN, log_q_TN))
-        per_token_T = per_token_T + rest_p_T * (rest_p_T.log() - rest_q_T.log())
-    return teacher.temperature**2 * _mean(per_token_T)
+class TeacherStates(NamedTuple):
+    """What a teacher says of some tokens, before its head: logits would be V / D times as large."""
+
+    h_TD: Tensor
+    head_VD: Tensor
+    weight_T: Tensor  # float32: of this teacher, for each token; 0 where it does not teach
+
+    def part(self, rows: slice) -> TeacherStates:
+        return self._replace(h_TD=self.h_TD[rows], weight_T=self.weight_T[rows])
+
+    def kl(self, log_q_TV: Tensor, temperature: float) -> Tensor:
+        """KL(teacher ‖ student) of each token, (T,). `log_q_TV`: the student's, at that temperature."""
+        log_p_TV = (F.linear(self.h_TD, self.head_VD).float() / temperature).log_softmax(dim=-1)
+        return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(dim=-1)
 
 
-def _kl(student_TV: Tensor, teacher_TV: Tensor, temperature: float) -> Tensor:
-    if student_TV.shape != teacher_TV.shape:
-        raise InvalidValue(
-            f"Teacher logits {tuple(teacher_TV.shape)} do not fit student logits {tuple(student_TV.shape)}.",
-            hint="Teacher and student must share the tokenizer, and the padded vocabulary size.",
-        )
-    log_q_TV = (student_TV.float() / temperature).log_softmax(dim=-1)
-    log_p_TV = (teacher_TV.detach().float() / temperature).log_softmax(dim=-1)
-    return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(dim=-1)
+class TopStates(NamedTuple):
+    """What was kept of a teacher's answer."""
+
+    top: TopLogits
+    weight_T: Tensor  # as of TeacherStates
+
+    def part(self, rows: slice) -> TopStates:
+        top = self.top._replace(ids_TN=self.top.ids_TN[rows], log_probs_TN=self.top.log_probs_TN[rows])
+        return TopStates(top, self.weight_T[rows])
+
+    def kl(self, log_q_TV: Tensor, temperature: float) -> Tensor:
+        """Of each token, over the N tokens and one bucket for all others: never above the full KL, and equal to it when
+        N = V. InvalidValue at another temperature than the answer's."""
+        if temperature != self.top.temperature:
+            raise InvalidValue(f"A teacher's answer was kept at temperature {self.top.temperature}, not {temperature}.")
+        log_p_TN = self.top.log_probs_TN.float()
+        log_q_TN = log_q_TV.gather(-1, self.top.ids_TN.long())
+        kl_T = (log_p_TN.exp() * (log_p_TN - log_q_TN)).sum(dim=-1)
+        if log_p_TN.shape[-1] < log_q_TV.shape[-1]:
+            rest_p_T, rest_q_T = ((1 - kept.exp().sum(dim=-1)).clamp(min=1e-9) for kept in (log_p_TN, log_q_TN))
+            kl_T = kl_T + rest_p_T * (rest_p_T.log() - rest_q_T.log())
+        return kl_T
 
 
-def _valid(valid_T: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The rows of valid tokens. A product with 0 would not do: padding may hold infinities."""
-    if valid_T is None:
-        return tensors
-    index = valid_T.to(torch.bool).nonzero().flatten()
-    return tuple(tensor.index_select(0, index) for tensor in tensors)
+Taught = TeacherStates | TopStates
 
 
-def _mean(per_token_T: Tensor) -> Tensor:
-    return per_token_T.sum() / max(1, per_token_T.shape[0])
+class HeadLoss(NamedTuple):
+    """Sums over targets. `total` = lm + distillation coefficient · kl; only it carries gradients."""
+
+    total: Tensor
+    lm: Tensor
+    kl: Tensor
+
+
+def head_loss(
+    h_TD: Tensor,
+    head_VD: Tensor,
+    labels_T: Tensor,
+    teachers: Sequence[Taught] = (),
+    *,
+    distillation: float = 0.0,
+    temperature: float = 1.0,
+) -> HeadLoss:
+    """Cross-entropy and λ·τ²·KL(teacher ‖ student) at temperature τ, summed over targets, float32.
+
+    In the memory of one chunk's logits. What stands where no target is, in a teacher's answer too, only must be finite.
+    """
+    return HeadLoss(*_ChunkedHead.apply(h_TD, head_VD, labels_T, tuple(teachers), distillation, temperature))
+
+
+def _with_gradient(
+    logits: Tensor, labels: Tensor, teachers: Sequence[Taught], distillation: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lm, kl) summed over one chunk, and the gradient of lm + distillation · kl by its logits, which are used up."""
+    if not teachers:
+        lm, dlogits = _cross_entropy(logits, labels)
+        return lm, lm.new_zeros(()), dlogits
+    with torch.enable_grad():
+        logits.requires_grad_()
+        lm, kl = _losses(logits, labels, teachers, temperature)
+        (dlogits,) = torch.autograd.grad(lm + distillation * kl, logits)
+    return lm.detach(), kl.detach(), dlogits
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over targets, and its gradient in the memory of `logits`: softmax less the label."""
+    counted = (labels != IGNORED).to(logits.dtype)[:, None]
+    label = labels.clamp(min=0)[:, None]
+    of_label = logits.gather(1, label)
+    largest = logits.amax(dim=1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    lm = ((largest + total.log() - of_label) * counted).sum()
+    return lm, logits.mul_(counted / total).scatter_add_(1, label, -counted)
+
+
+def _losses(logits: Tensor, labels: Tensor, teachers: Sequence[Taught], temperature: float) -> tuple[Tensor, Tensor]:
+    """(lm, kl) summed over one chunk. `teachers` hold the chunk's states."""
+    lm = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    kl = lm.new_zeros(())
+    if teachers:
+        counted = labels != IGNORED
+        log_q = (logits / temperature).log_softmax(dim=-1)
+        for teacher in teachers:
+            kl = kl + temperature**2 * (teacher.kl(log_q, temperature) * (teacher.weight_T * counted)).sum()
+    return lm, kl
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Computes each chunk's gradient together with its loss, so that no chunk's logits outlive it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_TD: Tensor,
+        head_VD: Tensor,
+        labels_T: Tensor,
+        teachers: tuple[Taught, ...],
+        distillation: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_h, needs_head = ctx.needs_input_grad[:2]
+        lm, kl = (torch.zeros((), device=h_TD.device) for _ in range(2))
+        dh_TD = torch.empty_like(h_TD) if needs_h else None
+        dhead_VD = None
+        for start in range(0, h_TD.shape[0], CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            h, labels = h_TD[part], labels_T[part]
+            taught = [one for teacher in teachers if (one := teacher.part(part)).weight_T.any()]
+            logits = linear(h, head_VD).float()
+            if needs_h or needs_head:
+                chunk_lm, chunk_kl, dlogits = _with_gradient(logits, labels, taught, distillation, temperature)
+                dlogits = dlogits.to(h_TD.dtype)
+                if dh_TD is not None:
+                    dh_TD[part] = times_transposed(dlogits, head_VD.t())
+                if needs_head:
+                    dhead = times_transposed(dlogits.t(), h.t())
+                    dhead_VD = dhead if dhead_VD is None else dhead_VD.add_(dhead)
+            else:
+                chunk_lm, chunk_kl = _losses(logits, labels, taught, temperature)
+            lm, kl = lm + chunk_lm, kl + chunk_kl
+        if needs_head and dhead_VD is None:  # no token at all
+            dhead_VD = torch.zeros_like(head_VD)
+        ctx.save_for_backward(dh_TD, dhead_VD)
+        ctx.mark_non_differentiable(lm, kl)
+        return lm + distillation * kl, lm, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """In place: a head's gradient is as large as the head, and memory that is new costs more than the product."""
+        dh_TD, dhead_VD = ctx.saved_tensors
+        scaled = [None if gradient is None else gradient.mul_(dtotal) for gradient in (dh_TD, dhead_VD)]
+        return *scaled, None, None, None, None

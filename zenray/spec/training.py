@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from zenray.spec.documents import Document
-from zenray.spec.errors import InvalidValue
+from zenray.spec.errors import InvalidValue, suggest
 from zenray.spec.lineage import BaseVersion, NewVersion
 from zenray.spec.parallelism import Axes, check_axes, check_sequence
 from zenray.spec.versions import check_name
@@ -276,7 +276,13 @@ class Teacher(Document):
 
     version: BaseVersion | None = None
     endpoint: TeacherEndpoint | None = None
-    weight: Positive = 1.0
+    weight: Positive = Field(1.0, description="Relative to those of the other teachers of a domain.")
+    domains: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Of the data's, those whose sequences it teaches, such as an expert group's; None: all. A sequence "
+        "without a teacher is learnt from its text alone.",
+    )
     top_logits: int | None = Field(
         None,
         ge=1,
@@ -298,7 +304,7 @@ class DistillJob(_TrainingJob):
 
     kind: Literal["distill"]
     teachers: tuple[Teacher, ...] = Field(min_length=1)
-    distillation: float = Field(1.0, ge=0, description="λ, for the mean over teachers by their weights.")
+    distillation: float = Field(1.0, ge=0, description="λ, for the mean over a token's teachers by their weights.")
     temperature: Positive = Field(1.0, description="Softens both distributions; the loss is scaled by its square.")
 
     @model_validator(mode="after")
@@ -308,6 +314,26 @@ class DistillJob(_TrainingJob):
                 f"temperature is {self.temperature}, but a teacher behind an endpoint tells its distribution at 1 only"
             )
         return self
+
+    @model_validator(mode="after")
+    def _known_domains(self) -> DistillJob:
+        known = [source.domain for source in self.data.sources]
+        for name in (name for teacher in self.teachers for name in teacher.domains or ()):
+            if name not in known:
+                raise ValueError(f"the data has no domain {name!r}, which a teacher names. {suggest(name, known)}")
+        return self
+
+    @property
+    def shares(self) -> tuple[tuple[float, ...], ...]:
+        """Of each teacher, in each of the data's domains: its weight among the domain's teachers, or 0."""
+        of_domains = []
+        for source in self.data.sources:
+            weights = [
+                teacher.weight if teacher.domains is None or source.domain in teacher.domains else 0.0
+                for teacher in self.teachers
+            ]
+            of_domains.append([weight / (sum(weights) or 1.0) for weight in weights])
+        return tuple(zip(*of_domains, strict=True))
 
 
 TrainingJob = PretrainJob | DistillJob

@@ -47,6 +47,10 @@ class BatchPart(Batch):
     def to(self, device: torch.device) -> BatchPart:
         return BatchPart(**{name: held.to(device) for name, held in vars(self).items()})
 
+    def sequences(self, which_B: Tensor) -> BatchPart:
+        own = {name: getattr(self, name)[which_B] for name in vars(self.whole)}
+        return BatchPart(**own, whole=self.whole.sequences(which_B), places_S=self.places_S)
+
 
 def part_of(batch: Batch, mesh: Mesh) -> Batch:
     """What of a batch of whole sequences this worker computes: all of it, where nobody shares them. InvalidValue."""

@@ -12,9 +12,10 @@ from typing import Protocol
 
 import torch
 
+from zenray.model.distillation import IGNORED
 from zenray.spec.training import TrainingJob
 from zenray.training.checkpointing import load
-from zenray.training.data.stream import IGNORED, Batch, PackedDomain, SequenceStream, pack
+from zenray.training.data.stream import Batch, PackedDomain, SequenceStream, pack
 from zenray.training.data.tokens import TokenFolder
 from zenray.training.faults import TAKE, Decision, data_step, decide
 from zenray.training.history import Event, History, plain, read_history, require_same_data, write_history

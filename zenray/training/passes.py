@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zenray.model.balance import RouterStats
+from zenray.model.distillation import HeadLoss
 from zenray.training.data.stream import Batch
-from zenray.training.loss import HeadLoss, Objective
+from zenray.training.loss import Objective
 from zenray.training.mesh import Mesh
 from zenray.training.routing import StepRouting
 from zenray.training.sharding import add_up_gradients

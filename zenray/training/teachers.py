@@ -21,18 +21,18 @@ import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 from torch import Tensor
 
-from zenray.model.distillation import TopLogits, keep_top
+from zenray.model.distillation import CHUNK_TOKENS, IGNORED, TopLogits, keep_top
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue, UpstreamFailed
 from zenray.spec.training import TeacherEndpoint
-from zenray.training.data.stream import IGNORED, Batch
+from zenray.training.data.stream import Batch
 from zenray.training.loss import hidden_states
 
-_CHUNK_TOKENS = 1024
 _ANSWER_S = 120.0
 
 Ask = Callable[[Batch], TopLogits]
-"""What a teacher thinks of one sequence: ids and log-probabilities (S, N). Rows without a target may hold anything."""
+"""What a teacher thinks of one sequence: ids and log-probabilities (S, N), on the CPU. Rows without a target may hold
+anything."""
 
 
 class TopTeacher:
@@ -71,26 +71,29 @@ def _row(batch: Batch, number: int) -> Batch:
 
 
 class NetworkAnswers:
-    """A network on this worker, which is loaded when it is asked for the first time."""
+    """A network on this worker's device, which is loaded when it is asked for the first time."""
 
-    def __init__(self, load: Callable[[], MoDE], count: int, temperature: float) -> None:
+    def __init__(
+        self, load: Callable[[], MoDE], count: int, temperature: float, device: torch.device | None = None
+    ) -> None:
         self._load, self._count, self._temperature = load, count, temperature
+        self._device = device or torch.device("cpu")
 
     @cached_property
     def _network(self) -> MoDE:
-        return self._load().eval().requires_grad_(False)
+        return self._load().to(self._device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, sequence: Batch) -> TopLogits:
-        h_TD, _ = hidden_states(self._network, sequence)
+        h_TD, _ = hidden_states(self._network, sequence.to(self._device))
         head = self._network.lm_head.weight
         parts = [
             keep_top(torch.nn.functional.linear(h, head), self._count, temperature=self._temperature)
-            for h in h_TD.split(_CHUNK_TOKENS)
+            for h in h_TD.split(CHUNK_TOKENS)
         ]
         return TopLogits(
-            torch.cat([part.ids_TN for part in parts]),
-            torch.cat([part.log_probs_TN for part in parts]),
+            torch.cat([part.ids_TN for part in parts]).cpu(),
+            torch.cat([part.log_probs_TN for part in parts]).cpu(),
             self._temperature,
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from zenray.model.balance import RouterStats
+from zenray.model.distillation import HeadLoss, Taught, TeacherStates, TopStates
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import DistillJob, TrainingJob
@@ -18,7 +19,7 @@ from zenray.training.context_parallel import part_of, share_sequences, top_logit
 from zenray.training.data.stream import Batch
 from zenray.training.expert_parallel import parallelize
 from zenray.training.gradients import GradientNorms, clip_gradients, reduce_gradients
-from zenray.training.loss import HeadLoss, Objective, Taught, TeacherStates, TopStates
+from zenray.training.loss import Objective
 from zenray.training.mesh import Mesh
 from zenray.training.optimizer import decay_partly_frozen, learning_rate, make_optimizer, set_learning_rate
 from zenray.training.passes import EvaluationPasses, StepPasses, accumulate
@@ -31,6 +32,10 @@ from zenray.training.trainable import bank_sizes, choose, publish_masters, train
 
 Accept = Callable[[float, float], bool]
 """Whether a step with this loss and this gradient norm may change the network."""
+
+
+Share = float | Sequence[float]
+"""What a teacher counts for a token, of all its teachers 1: everywhere, or in each of the job's domains, in order."""
 
 
 def is_finite(loss: float, gradient_norm: float) -> bool:
@@ -74,15 +79,15 @@ class Trainer:
         model: MoDE,
         job: TrainingJob,
         mesh: Mesh | None = None,
-        teachers: Sequence[tuple[MoDE, float]] = (),
-        kept_teachers: Sequence[tuple[TopTeacher, float]] = (),
+        teachers: Sequence[tuple[MoDE, Share]] = (),
+        kept_teachers: Sequence[tuple[TopTeacher, Share]] = (),
     ) -> None:
-        """`teachers`: networks and weights; `kept_teachers`: those of which the likeliest tokens are kept.
+        """`teachers`: networks and what they count; `kept_teachers`: those of which the likeliest tokens are kept.
 
         InvalidValue for a teacher of another vocabulary, or nothing to train.
         """
         self.model, self.job, self.mesh = model, job, mesh or Mesh()
-        self.kept_teachers = list(kept_teachers)
+        self.kept_teachers = [(teacher, self._by_domain(share)) for teacher, share in kept_teachers]
         for teacher, _ in teachers:
             require_vocabulary(teacher.config.vocab_size, model.config.vocab_size)
         dtype = getattr(torch, job.dtype)
@@ -99,7 +104,7 @@ class Trainer:
         self.objective = self._place(model, dtype, self.bank_sizes, has_head=self.mesh.is_last_stage)
         self.pipeline = Pipeline(self.mesh, model.config.hidden_size, dtype) if self.mesh.stages > 1 else None
         self.trainables = trainables(model, self.mesh, job.train, dtype)
-        self.teachers = [(self._place_teacher(teacher, dtype), weight) for teacher, weight in teachers]
+        self.teachers = [(self._place_teacher(teacher, dtype), self._by_domain(share)) for teacher, share in teachers]
         self.optimizer = make_optimizer(self.trainables, job.optimisation)
 
     def step(self, index: int, batches: Sequence[Batch], accept: Accept = is_finite) -> StepReport:
@@ -177,21 +182,34 @@ class Trainer:
     def _forward(self, batch: Batch, x_BSD: Tensor | None) -> tuple[HeadLoss | Tensor, list[RouterStats]]:
         if not isinstance(self.job, DistillJob) or not self.mesh.is_last_stage:
             return self.objective(batch, x_BSD=x_BSD)
-        states: list[Taught] = []
-        for teacher, weight in self.teachers:
-            with torch.no_grad():
-                states.append(TeacherStates(teacher.hidden_states(batch), teacher.model.lm_head.weight, weight))
-        for kept, weight in self.kept_teachers:
-            top = top_logits(kept, batch, self.mesh)
-            device = self.mesh.device
-            moved = top._replace(ids_TN=top.ids_TN.to(device), log_probs_TN=top.log_probs_TN.to(device))
-            states.append(TopStates(moved, weight))
+        states = [*self._ask_networks(batch), *self._ask_kept(batch)]
         found = self.objective(
             batch, states, distillation=self.job.distillation, temperature=self.job.temperature, x_BSD=x_BSD
         )
         for teacher, _ in self.teachers:
             let_go(teacher)
         return found
+
+    def _by_domain(self, share: Share) -> Tensor:
+        return torch.as_tensor(share, dtype=torch.float32, device=self.mesh.device).expand(len(self.job.data.sources))
+
+    @torch.no_grad()
+    def _ask_networks(self, batch: Batch) -> Iterator[Taught]:
+        for teacher, shares in self.teachers:
+            weight_BS = shares[batch.domain_BS]
+            taught_B = weight_BS.any(dim=1) | self.mesh.fully_sharded  # a network that is cut is run by all workers
+            if taught_B.any():
+                h_TD = _spread(teacher.hidden_states(batch.sequences(taught_B)), taught_B)
+                yield TeacherStates(h_TD, teacher.model.lm_head.weight, weight_BS.flatten())
+
+    def _ask_kept(self, batch: Batch) -> Iterator[Taught]:
+        for teacher, shares in self.kept_teachers:
+            weight_BS = shares[batch.domain_BS]
+            taught_B = weight_BS.any(dim=1)
+            if taught_B.any():
+                top = top_logits(teacher, batch.sequences(taught_B), self.mesh)
+                ids_TN, log_probs_TN = (_spread(one.to(self.mesh.device), taught_B) for one in top[:2])
+                yield TopStates(top._replace(ids_TN=ids_TN, log_probs_TN=log_probs_TN), weight_BS.flatten())
 
     def _reduce_and_clip(self) -> GradientNorms:
         settings = self.job.optimisation
@@ -205,3 +223,13 @@ class Trainer:
         decay_partly_frozen(self.trainables, self.job.optimisation, rate)
         self.optimizer.step()
         publish_masters(self.trainables)
+
+
+def _spread(found_T: Tensor, taught_B: Tensor) -> Tensor:
+    """What was found of the tokens of some sequences, for those of all: zeros for the others."""
+    if taught_B.all():
+        return found_T
+    found_BS = found_T.unflatten(0, (int(taught_B.sum()), -1))
+    all_BS = found_BS.new_zeros(len(taught_B), *found_BS.shape[1:])
+    all_BS[taught_B] = found_BS
+    return all_BS.flatten(0, 1)

@@ -30,7 +30,7 @@ from zenray.training.networks import Checkpoint
 from zenray.training.notice import Notice, watch_in_actor
 from zenray.training.stages import keep_stage
 from zenray.training.teachers import Ask, EndpointAnswers, NetworkAnswers, TopTeacher
-from zenray.training.trainer import Trainer, require_vocabulary
+from zenray.training.trainer import Share, Trainer, require_vocabulary
 from zenray.training.uploads import RayRecorder
 
 
@@ -94,18 +94,18 @@ def keep_share(model: MoDE, mesh: Mesh) -> None:
 
 def _teachers(
     job: TrainingJob, store: ObjectStore, work_dir: Path, vocab_size: int, mesh: Mesh
-) -> tuple[list[tuple[MoDE, float]], list[tuple[TopTeacher, float]]]:
-    """Networks that run beside the student, and those whose answers are kept; with their weights, which sum to 1.
+) -> tuple[list[tuple[MoDE, Share]], list[tuple[TopTeacher, Share]]]:
+    """Networks that run beside the student, and those whose answers are kept; with what each counts in each domain.
 
     Only the last pipeline stage, which asks them, has networks in memory.
     """
-    networks: list[tuple[MoDE, float]] = []
-    kept: list[tuple[TopTeacher, float]] = []
+    networks: list[tuple[MoDE, Share]] = []
+    kept: list[tuple[TopTeacher, Share]] = []
     if not isinstance(job, DistillJob):
         return networks, kept
-    total, dtype = sum(teacher.weight for teacher in job.teachers), getattr(torch, job.dtype)
-    for teacher in job.teachers:
-        weight, count = teacher.weight / total, teacher.top_logits
+    dtype = getattr(torch, job.dtype)
+    for teacher, shares in zip(job.teachers, job.shares, strict=True):
+        count = teacher.top_logits
         if teacher.endpoint is not None:
             assert count is not None
             answers: Ask = EndpointAnswers(teacher.endpoint, count, vocab_size)
@@ -116,12 +116,14 @@ def _teachers(
             if count is None:
                 teaching = Checkpoint.open(folder)
                 share = partial(parallelize, mesh=mesh) if mesh.fully_sharded else None  # else each has all of it
-                networks.append((teaching.network(dtype, share) if mesh.is_last_stage else teaching.outline(), weight))
+                networks.append((teaching.network(dtype, share) if mesh.is_last_stage else teaching.outline(), shares))
                 continue
             require_vocabulary(Checkpoint.open(folder).config.vocab_size, vocab_size)
-            answers = NetworkAnswers(partial(Checkpoint.open(folder).network, dtype), count, job.temperature)
+            answers = NetworkAnswers(
+                partial(Checkpoint.open(folder).network, dtype), count, job.temperature, mesh.device
+            )
             name = f"{pinned(teacher.version, store)} {job.dtype}"
-        kept.append((TopTeacher(answers, work_dir / "teachers", name, count, job.temperature), weight))
+        kept.append((TopTeacher(answers, work_dir / "teachers", name, count, job.temperature), shares))
     return networks, kept
 
 

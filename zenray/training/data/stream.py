@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zenray.model.distillation import IGNORED
 from zenray.spec.errors import InvalidValue
 from zenray.training.data.tokens import DomainTokens
 
-IGNORED = -100  # as a label: not a target
 _PLACES = 1000
 
 
@@ -30,6 +30,7 @@ class Batch:
     labels_BS: Tensor  # int64: the next token of the same document, or IGNORED
     positions_BS: Tensor  # int64: from 0 in each document
     document_BS: Tensor  # int64
+    domain_BS: Tensor  # int64: the number of the domain, among the run's
 
     @property
     def num_targets(self) -> int:
@@ -49,6 +50,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def sequences(self, which_B: Tensor) -> Batch:
+        """Those at which `which_B` is true."""
+        return Batch(*(tensor[which_B] for tensor in vars(self).values()))
 
 
 class PackedDomain:
@@ -104,16 +109,18 @@ class SequenceStream:
 
     def batch(self, first: int, count: int) -> Batch:
         """Sequences `first` to `first + count - 1` of the run."""
-        found = []
+        found, domains = [], []
         for index in range(first, first + count):
             cycle, place = divmod(index, _PLACES)
             domain = self.domain_of(index)
             found.append(self.domains[domain].shuffled(cycle * int(self._places[domain]) + int(self._rank[place])))
-        return pack(found)
+            domains.append(domain)
+        return pack(found, domains)
 
 
-def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    """A batch out of (S + 1 tokens, the document of each). The first token of a document is never a target."""
+def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]], domains: Sequence[int] | None = None) -> Batch:
+    """A batch out of (S + 1 tokens, the document of each), of these domains; None: all of the first. The first token of
+    a document is never a target."""
     tokens = torch.from_numpy(np.stack([tokens for tokens, _ in sequences]))
     documents = torch.from_numpy(np.stack([documents for _, documents in sequences]))
     same = documents[:, 1:] == documents[:, :-1]
@@ -123,7 +130,8 @@ def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
     begins = torch.cat([torch.ones(len(sequences), 1, dtype=torch.bool), ~same[:, :-1]], dim=1)
     positions = place - torch.where(begins, place, 0).cummax(dim=1).values
     within = documents[:, :-1] - documents[:, :1]
-    return Batch(tokens[:, :-1].contiguous(), labels, positions, within)
+    domain = torch.tensor(domains or [0] * len(sequences))[:, None].expand(-1, S).contiguous()
+    return Batch(tokens[:, :-1].contiguous(), labels, positions, within, domain)
 
 
 def _share_out(weights: Sequence[float]) -> np.ndarray:
