@@ -23,7 +23,7 @@ FLAGS = {
     "keys list": ["--json", "ORG"],
     "keys revoke": ["KEY_ID"],
     "models list": ["--json"],
-    "models pull": ["--source", "--version", "MODEL"],
+    "models pull": ["--format", "--source", "--version", "MODEL"],
     "models show": ["--json", "MODEL"],
     "models verify": ["NAME"],
     "models versions": ["--json", "MODEL"],

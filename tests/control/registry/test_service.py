@@ -41,11 +41,11 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Stands in for the import: notes what it was asked, and writes a folder that depends on source and dtype."""
     seen: list[Path] = []
 
-    def convert(source: Path, target: Path, *, dtype: str, progress: object = None) -> ConversionReport:
+    def convert(source: Path, target: Path, *, dtype: str, format: str, progress: object = None) -> ConversionReport:
         seen.append(source)
         target.mkdir()
         weights = (source / "model.safetensors").read_bytes()
-        (target / "model.safetensors").write_bytes(hashlib.sha256(weights + dtype.encode()).digest())
+        (target / "model.safetensors").write_bytes(hashlib.sha256(weights + f"{dtype}{format}".encode()).digest())
         return REPORT
 
     monkeypatch.setattr(service, "convert", convert)
@@ -193,3 +193,28 @@ def test_the_version_name_is_stable(
     content = hashlib.sha256(listing.encode()).hexdigest()
     assert manifest.ref.version == "v-" + hashlib.sha256(f"1:bfloat16:{content}".encode()).hexdigest()[:12]
     assert json.loads(store.objects[manifest.ref.manifest_key])["metadata"]["source_sha256"] == content
+
+
+def test_quantized_weights_are_a_further_format_of_a_version(
+    store: FakeStore, checkpoint: Path, conversions: list[Path], tmp_path: Path
+) -> None:
+    cache_dir = tmp_path / "cache"
+    plain = pull(store, "mine", str(checkpoint), cache_dir=cache_dir, version="v1").manifest
+    packed = pull(store, "mine", str(checkpoint), cache_dir=cache_dir, version="v1", format="awq-int4")
+    assert packed.created and packed.manifest.ref == plain.ref.model_copy(update={"format": "awq-int4"})
+    assert show(store, "mine@v1").ref == plain.ref and show(store, "mine@v1/awq-int4") == packed.manifest
+    again = pull(store, "mine", str(checkpoint), cache_dir=cache_dir, version="v1", format="awq-int4")
+    assert not again.created and len(conversions) == 2
+    names = {pull(store, "mine", str(checkpoint), cache_dir=cache_dir, format=f).manifest.ref.version for f in FORMATS}
+    assert len(names) == len(FORMATS)  # each is named for what it became
+    with pytest.raises(InvalidValue, match="awq-int4"):
+        pull(store, "mine", str(checkpoint), cache_dir=cache_dir, format="awq-int3")
+
+
+def test_the_formats_are_those_that_the_import_knows() -> None:
+    from zenray.model.checkpoints.quantized import PACKINGS
+
+    assert set(PACKINGS) == set(service.QUANTIZED_FORMATS)
+
+
+FORMATS = (service.FORMAT, *service.QUANTIZED_FORMATS)

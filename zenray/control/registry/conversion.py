@@ -36,14 +36,16 @@ class ConversionReport(BaseModel):
     notes: tuple[str, ...] = ()
 
 
-def convert(source: Path, target: Path, *, dtype: str, progress: Progress | None = None) -> ConversionReport:
+def convert(
+    source: Path, target: Path, *, dtype: str, format: str, progress: Progress | None = None
+) -> ConversionReport:
     """Make `target` a complete Hugging Face folder out of `source`. Blocks; progress phase "convert".
 
     The process ends when this one does, however that happens. Raises what it says is wrong (InvalidDocument, NotFound,
     InvalidValue, StorageUnavailable), or ZenrayError with the end of its output when it broke.
     """
-    command = [sys.executable, "-m", "zenray.model.checkpoints", str(source), str(target), "--dtype", dtype]
-    command.append("--until-stdin-closes")
+    command = [sys.executable, "-m", "zenray.model.checkpoints", str(source), str(target)]
+    command += ["--dtype", dtype, "--format", format, "--until-stdin-closes"]
     packages = str(Path(zenray.__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")]))}
     answer: dict[str, Any] = {}

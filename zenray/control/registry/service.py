@@ -30,6 +30,7 @@ from zenray.storage.transfer import hash_file, run_all
 from zenray.storage.versions import Problem
 
 FORMAT = "safetensors"
+QUANTIZED_FORMATS = ("awq-int4", "gptq-int8")
 DTYPES = ("bfloat16", "float16", "float32")
 _LOCKED_WITHIN_S = 60  # whoever made a staging folder holds its lock by then
 _SOURCE_SHA256 = "source_sha256"
@@ -52,6 +53,7 @@ def pull(
     cache_dir: Path,
     catalog_sources: Sequence[Source] = (),
     version: str | None = None,
+    format: str = FORMAT,
     dtype: str = "bfloat16",
     progress: Progress | None = None,
 ) -> Pulled:
@@ -60,22 +62,28 @@ def pull(
     `source` and `catalog_sources`: see `sources.bring`. `version`: None names it for its source's content, so that
     pulling the same again finds it and does nothing. The checkpoint is brought here, recognised, converted to a normal
     Hugging Face folder in `dtype` by a process of its own, checked complete, and only then published; what was fetched
-    stays in `cache_dir` for the next time. Progress phases: "get", "read", "convert", "hash", "upload".
+    stays in `cache_dir` for the next time. With a `format` of QUANTIZED_FORMATS the weights must be packed so already
+    and are published as they are: a further format of `version`, or a version of its own. Progress phases: "get",
+    "read", "convert", "hash", "upload".
 
     Raises InvalidDocument for a checkpoint that is broken, partial or of a kind that cannot be imported; Conflict when
     `version` is there with other content; NotFound, InvalidValue, UpstreamFailed, StorageUnavailable.
     """
     if dtype not in DTYPES:
         raise InvalidValue(f"Weights cannot be stored as {dtype!r}.", hint=suggest(dtype, DTYPES))
+    formats = (FORMAT, *QUANTIZED_FORMATS)
+    if format not in formats:
+        raise InvalidValue(f"Weights cannot be pulled as {format!r}.", hint=suggest(format, formats), param="format")
     _ref(model, version or "v-0")  # before anything is fetched
     checkpoint = bring(source, catalog_sources=catalog_sources, cache_dir=cache_dir, progress=progress)
     recognised = recognise(checkpoint.path)
     content = _fingerprint(recognised, progress)
-    ref = _ref(model, version or _version_name(content, dtype))
+    kept_as = dtype if format == FORMAT else format  # what the same source may also have become
+    ref = _ref(model, version or _version_name(content, kept_as), format)
 
     existing = stored.find_manifest(store, ref)
     if existing is not None:
-        if (existing.metadata.get(_SOURCE_SHA256), existing.metadata.get("dtype")) == (content, dtype):
+        if (existing.metadata.get(_SOURCE_SHA256), existing.metadata.get("dtype")) == (content, kept_as):
             return Pulled(existing, created=False)
         raise Conflict(
             f"{ref} is already published, from {existing.parents.source or 'elsewhere'} and with other content.",
@@ -83,11 +91,11 @@ def pull(
         )
     with _staging(cache_dir) as folder:
         target = folder / "checkpoint"
-        report = convert(checkpoint.path, target, dtype=dtype, progress=progress)
+        report = convert(checkpoint.path, target, dtype=dtype, format=format, progress=progress)
         metadata = {
             _SOURCE_SHA256: content,
             "converter": str(REVISION),
-            "dtype": dtype,
+            "dtype": kept_as,
             "architecture": report.architecture,
             "parameters": str(report.parameters),
         }
@@ -130,8 +138,8 @@ def _ref(model: str, version: str, format: str = FORMAT) -> VersionRef:
         raise InvalidValue(str(error.errors()[0]["msg"]).removeprefix("Value error, ") + ".") from None
 
 
-def _version_name(content: str, dtype: str) -> str:
-    return "v-" + hashlib.sha256(f"{REVISION}:{dtype}:{content}".encode()).hexdigest()[:12]
+def _version_name(content: str, kept_as: str) -> str:
+    return "v-" + hashlib.sha256(f"{REVISION}:{kept_as}:{content}".encode()).hexdigest()[:12]
 
 
 def _fingerprint(source: SafetensorsSource | GgufSource, progress: Progress | None) -> str:

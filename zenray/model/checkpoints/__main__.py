@@ -1,4 +1,4 @@
-"""`python -m zenray.model.checkpoints SOURCE DEST [--dtype bfloat16]`.
+"""`python -m zenray.model.checkpoints SOURCE DEST [--dtype bfloat16] [--format safetensors]`.
 
 Writes JSON lines to stdout: `{"done_bytes": …, "total_bytes": …}` as it goes, then one `{"report": {…}}` (exit code 0)
 or one `{"error": {"code": …, "message": …, "hint": …}}` (exit code 1).
@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("source", type=Path, help="a folder with safetensors, or a GGUF file")
     parser.add_argument("dest", type=Path, help="the folder to make")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    parser.add_argument("--format", default="safetensors", help="awq-int4 or gptq-int8: packed weights, kept so")
     parser.add_argument("--until-stdin-closes", action="store_true", help="end when the process that started this does")
     arguments = parser.parse_args()
     if arguments.until_stdin_closes:
@@ -35,7 +36,9 @@ def main() -> int:
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        report = convert(arguments.source, arguments.dest, dtype=arguments.dtype, on_converted=_tell)
+        report = convert(
+            arguments.source, arguments.dest, dtype=arguments.dtype, format=arguments.format, on_converted=_tell
+        )
     except ZenrayError as error:
         return _fail(error)
     except OSError as error:

@@ -45,14 +45,15 @@ class Expected:
         return dtype in _PLAIN_DTYPES or (name in self.buffers and dtype == DTYPE_CODES.get(self.tensors[name].dtype))
 
 
-def load_config(folder: Path) -> PretrainedConfig:
-    """The folder's config. InvalidDocument for quantized models and for kinds that transformers does not know."""
+def load_config(folder: Path, *, quantized: bool = False) -> PretrainedConfig:
+    """The folder's config. InvalidDocument for kinds that transformers does not know, and for quantized models unless
+    one is wanted."""
     raw = read_json(folder / "config.json")
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") and not quantized:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise InvalidDocument(
             f"{folder / 'config.json'}: the weights are quantized ({method}).",
-            hint="Import the model's original bf16, fp16 or fp32 weights, or a GGUF file.",
+            hint="Name their format (--format awq-int4 or gptq-int8), or import the original weights or a GGUF file.",
         )
     if raw.get("model_type") == "zen_mode":
         from zenray.model import hf
@@ -86,16 +87,16 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
             raise InvalidDocument(f"{index_path} names {name!r}, which is not a file beside it.")
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
-        raise InvalidDocument(f"{folder} is incomplete: {_named(absent)} of {len(files)} files missing.")
+        raise InvalidDocument(f"{folder} is incomplete: {named(absent)} of {len(files)} files missing.")
     tensors: dict[str, StoredTensor] = {}
     for name in files:
         tensors |= _read_header(folder / name)
     misplaced = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
     if misplaced:
-        raise InvalidDocument(f"{folder} is incomplete: not in the file that the index names: {_named(misplaced)}.")
+        raise InvalidDocument(f"{folder} is incomplete: not in the file that the index names: {named(misplaced)}.")
     unnamed = sorted(set(tensors) - set(weight_map))
     if unnamed:
-        raise InvalidDocument(f"{index_path} does not name tensors that its files hold: {_named(unnamed)}.")
+        raise InvalidDocument(f"{index_path} does not name tensors that its files hold: {named(unnamed)}.")
     return tensors
 
 
@@ -123,32 +124,48 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 def check(folder: Path) -> dict[str, StoredTensor]:
     """The folder's tensors that its model needs. InvalidDocument saying what is missing, wrong or too much."""
     config = load_config(folder)
-    stored = {name: tensor for name, tensor in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
+    stored = read_weights(folder)
     expected = expected_tensors(config)
     quantized = sorted(name for name, tensor in stored.items() if not expected.allows(name, tensor.dtype))
     if quantized:
         raise InvalidDocument(
-            f"{folder} holds quantized weights: {_named([f'{n} ({stored[n].dtype})' for n in quantized])}.",
+            f"{folder} holds quantized weights: {named([f'{n} ({stored[n].dtype})' for n in quantized])}.",
             hint="Import the model's original bf16, fp16 or fp32 weights, or a GGUF file.",
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.tensors.items()}
+    compare(folder, config.model_type, shapes, stored, expected.tied)
+    return {name: replace(tensor, is_buffer=name in expected.buffers) for name, tensor in stored.items()}
+
+
+def read_weights(folder: Path) -> dict[str, StoredTensor]:
+    """`read_tensors` without what a model computes by itself."""
+    return {name: tensor for name, tensor in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
+
+
+def compare(
+    folder: Path,
+    model_type: str,
+    shapes: dict[str, tuple[int, ...]],
+    stored: dict[str, StoredTensor],
+    tied: dict[str, str],
+) -> None:
+    """InvalidDocument unless exactly the tensors of `shapes` are stored, but for tied ones, which may be left out."""
     reasons = []
-    missing = sorted(name for name in shapes if name not in stored and not _covered(name, expected.tied, stored))
+    missing = sorted(name for name in shapes if name not in stored and not _covered(name, tied, stored))
     if missing:
-        reasons.append(f"{len(missing)} of {len(shapes)} tensors are missing: {_named(missing)}")
+        reasons.append(f"{len(missing)} of {len(shapes)} tensors are missing: {named(missing)}")
     wrong = [
         f"{name} is {list(stored[name].shape)}, its config says {list(shape)}"
         for name, shape in sorted(shapes.items())
         if name in stored and stored[name].shape != shape
     ]
     if wrong:
-        reasons.append(f"{len(wrong)} tensors have another shape: {_named(wrong)}")
+        reasons.append(f"{len(wrong)} tensors have another shape: {named(wrong)}")
     surplus = sorted(set(stored) - set(shapes))
     if surplus:
-        reasons.append(f"{len(surplus)} tensors are not of this model: {_named(surplus)}")
+        reasons.append(f"{len(surplus)} tensors are not of this model: {named(surplus)}")
     if reasons:
-        raise InvalidDocument(f"{folder} is not a complete {config.model_type} model: {'; '.join(reasons)}.")
-    return {name: replace(tensor, is_buffer=name in expected.buffers) for name, tensor in stored.items()}
+        raise InvalidDocument(f"{folder} is not a complete {model_type} model: {'; '.join(reasons)}.")
 
 
 def expected_tensors(config: PretrainedConfig) -> Expected:
@@ -170,6 +187,7 @@ def _covered(name: str, tied: dict[str, str], stored: dict[str, StoredTensor]) -
     return any(twin in stored for twin in twins)
 
 
-def _named(names: list[str]) -> str:
+def named(names: list[str]) -> str:
+    """The first few of them, and how many more there are."""
     more = len(names) - _MOST_NAMED
     return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

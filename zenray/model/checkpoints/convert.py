@@ -13,9 +13,11 @@ from transformers import AutoTokenizer
 from zenray.model.checkpoints.completeness import check, load_config
 from zenray.model.checkpoints.folder import DTYPES, OnConverted, copy_folder
 from zenray.model.checkpoints.gguf import convert_gguf
+from zenray.model.checkpoints.quantized import check_quantized, copy_quantized
 from zenray.model.checkpoints.source import GgufSource, recognise
 from zenray.spec.errors import InvalidDocument, InvalidValue, suggest
 
+PLAIN_FORMAT = "safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -32,10 +34,18 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def convert(source: Path, target: Path, *, dtype: str = "bfloat16", on_converted: OnConverted | None = None) -> Report:
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str = "bfloat16",
+    format: str = PLAIN_FORMAT,
+    on_converted: OnConverted | None = None,
+) -> Report:
     """Write the checkpoint `source` as a normal Hugging Face folder `target`, which must not exist yet. Blocks.
 
-    Weights become `dtype` (bfloat16, float16, float32). The result was checked: every tensor that the config asks for
+    Weights become `dtype` (bfloat16, float16, float32); packed ones (`format` awq-int4 or gptq-int8) stay as they are.
+    The result was checked: every tensor that the config asks for
     is there in the right shape, and the tokenizer loads and fits the vocabulary. Until then nothing is called `target`.
 
     Raises InvalidDocument saying what is missing or cannot be imported; NotFound; InvalidValue.
@@ -50,11 +60,15 @@ def convert(source: Path, target: Path, *, dtype: str = "bfloat16", on_converted
     partial.mkdir(parents=True)
     try:
         tell = on_converted or (lambda done_bytes, total_bytes: None)
-        if isinstance(found, GgufSource):
+        if format != PLAIN_FORMAT:
+            if isinstance(found, GgufSource):
+                raise InvalidDocument(f"{source} is a GGUF file, not {format}.", hint="Leave the format out.")
+            copy_quantized(found.folder, partial, format, tell)
+        elif isinstance(found, GgufSource):
             convert_gguf(found.file, partial, dtype, tell)
         else:
             copy_folder(found.folder, partial, dtype, tell)
-        report = _check_result(partial, dtype, source)
+        report = _check_result(partial, dtype, format, source)
         _make_readable(partial)
         os.rename(partial, target)
     except BaseException:
@@ -63,15 +77,19 @@ def convert(source: Path, target: Path, *, dtype: str = "bfloat16", on_converted
     return report
 
 
-def _check_result(folder: Path, dtype: str, source: Path) -> Report:
-    tensors = check(folder)
-    config = load_config(folder)
+def _check_result(folder: Path, dtype: str, format: str, source: Path) -> Report:
+    if format == PLAIN_FORMAT:
+        tensors = check(folder)
+        parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+    else:
+        tensors, parameters = check_quantized(folder, format)
+    config = load_config(folder, quantized=format != PLAIN_FORMAT)
     rows = config.get_text_config().vocab_size
     return Report(
         architecture=(config.architectures or ["unknown"])[0],
         model_type=config.model_type,
         dtype=dtype,
-        parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()),
+        parameters=parameters,
         tensors=len(tensors),
         context_tokens=getattr(config.get_text_config(), "max_position_embeddings", None),
         notes=_check_tokenizer(folder, rows, source),

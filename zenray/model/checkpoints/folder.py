@@ -28,15 +28,20 @@ def copy_folder(source: Path, target: Path, dtype: str, on_converted: OnConverte
     Raises InvalidDocument, with what is missing, for a checkpoint that is not complete.
     """
     tensors = check(source)
+    copy_beside(source, target)
+    write_config(read_json(source / "config.json"), target, dtype)
+    if not (target / "generation_config.json").is_file():
+        write_generation_config(target)
+    _write_weights(source, target, tensors, dtype, on_converted)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Tokenizer, template, licence …: what a model needs beside its config and its weights."""
     for name in BESIDE_WEIGHTS:
         if (source / name).is_file():
             if name.endswith(".json"):
                 read_json(source / name)
             shutil.copyfile(source / name, target / name)
-    write_config(read_json(source / "config.json"), target, dtype)
-    if not (target / "generation_config.json").is_file():
-        write_generation_config(target)
-    _write_weights(source, target, tensors, dtype, on_converted)
 
 
 def write_config(raw: dict[str, object], target: Path, dtype: str) -> None:
@@ -44,13 +49,13 @@ def write_config(raw: dict[str, object], target: Path, dtype: str) -> None:
     kept = {key: value for key, value in raw.items() if key not in ("torch_dtype", "auto_map", "_name_or_path")}
     kept = {key: value for key, value in kept.items() if key not in ("_model_name_or_path", "quantization_config")}
     kept["dtype"] = dtype
-    _write_json(target / "config.json", kept)
+    write_json(target / "config.json", kept)
 
 
 def write_generation_config(target: Path) -> None:
     """`generation_config.json` as the model's config implies it: its end, begin and padding tokens."""
     raw = GenerationConfig.from_model_config(load_config(target)).to_diff_dict()
-    _write_json(target / "generation_config.json", {k: v for k, v in raw.items() if not k.startswith("_")})
+    write_json(target / "generation_config.json", {k: v for k, v in raw.items() if not k.startswith("_")})
 
 
 def _write_weights(
@@ -74,7 +79,7 @@ def _write_weights(
     if len(files) > 1:
         weight_map = {name: renamed[tensors[name].file] for name in sorted(tensors)}
         total_bytes = sum(torch.Size(t.shape).numel() * _written(t, dtype).itemsize for t in tensors.values())
-        _write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def _write_file(source: Path, target: Path, names: list[str], tensors: dict[str, StoredTensor], dtype: str) -> None:
@@ -82,7 +87,7 @@ def _write_file(source: Path, target: Path, names: list[str], tensors: dict[str,
         whole = set(file.keys()) == set(names)
         wanted = {name: _written(tensors[name], dtype) for name in names}
         if whole and all(tensors[name].dtype == DTYPE_CODES[wanted[name]] for name in names):
-            _link_or_copy(source, target)
+            link_or_copy(source, target)
             return
         cast = {name: file.get_tensor(name).to(wanted[name]).contiguous() for name in names}
     save_file(cast, target, metadata={"format": "pt"})
@@ -93,12 +98,14 @@ def _written(tensor: StoredTensor, dtype: str) -> torch.dtype:
     return STORED_DTYPES[tensor.dtype] if tensor.is_buffer else DTYPES[dtype]
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target` with the bytes of `source`; without copying them where both are on one disk."""
     try:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def _write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object) -> None:
+    """In one form: two equal documents are equal files."""
     path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
