@@ -122,12 +122,10 @@ class Upstream:
         lost = busy = asked_canary = False
         traceparent = trace.traceparent if trace is not None else None
         while True:
-            route = self._directory.routes.get(model)
-            if route is None:
+            picked = self._pick(model, tried, prefix, canary)
+            if picked is None:
                 break
-            replica, engine_key, of_canary = self._pick(route, tried, prefix, canary)
-            if replica is None:
-                break
+            replica, engine_key, of_canary = picked
             asked_canary = asked_canary or of_canary
             tried.add(replica.replica_id)
             self.outstanding[replica.replica_id] = self.outstanding.get(replica.replica_id, 0) + work
@@ -177,21 +175,24 @@ class Upstream:
             del self.outstanding[replica_id]
 
     def _pick(
-        self, route: Route, tried: Collection[str], prefix: Callable[[], list[int]] | None, canary: str | None
-    ) -> tuple[Replica | None, str, bool]:
+        self, model: str, tried: Collection[str], prefix: Callable[[], list[int]] | None, canary: str | None
+    ) -> tuple[Replica, str, bool] | None:
         """The replica to ask next, of the canary that was drawn or else of the route; its key; if it is a canary's."""
+        route = self._directory.routes.get(model)
+        if route is None:
+            return None
         entry, trial = route.entry, route.entry.canary
         if trial is not None and trial.revision == canary:
-            replica = self._next(entry.model, trial.endpoints, tried, prefix)
+            replica = self._next(model, trial.endpoints, tried, prefix)
             if replica is not None:
                 return replica, trial.engine_key, True
-        replica = self._next(entry.model, entry.endpoints, tried, prefix)
+        replica = self._next(model, entry.endpoints, tried, prefix)
         if replica is None and entry.wake_url is not None and not self._directory.in_touch:
             proxy = Replica(replica_id=f"{entry.revision}@proxy", url=entry.wake_url)
             if proxy.replica_id not in tried:
-                self._metrics.choice(entry.model, "proxy")
-                return proxy, entry.engine_key, False
-        return replica, entry.engine_key, False
+                self._metrics.choice(model, "proxy")
+                replica = proxy
+        return None if replica is None else (replica, entry.engine_key, False)
 
     def _next(
         self, model: str, replicas: Sequence[Replica], tried: Collection[str], prefix: Callable[[], list[int]] | None
