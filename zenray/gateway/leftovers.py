@@ -41,10 +41,11 @@ async def _take_over(
     try:
         events = await Shipper(meter, edge.ship).drain()
         await _free_leases(gateway_id, meter.boot_id, edge, directory)
+        left = meter.unshipped_events
     finally:
         meter.close()
     damaged = list((folder / "usage").glob("*.damaged"))
-    if not damaged:
+    if not left and not damaged:
         shutil.rmtree(folder)
     log.info("leftover_usage_shipped", extra={"of": gateway_id, "events": events, "damaged": len(damaged)})
 
