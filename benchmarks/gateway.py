@@ -55,15 +55,12 @@ BODY = {
     "temperature": 0.7,
 }
 REQUIREMENTS = """
-import re
 from importlib.metadata import requires
-for line in requires("litellm"):
-    name, _, marker = line.partition(";")
-    if "extra ==" in marker and not re.search("extra == .proxy.", marker):
-        continue
-    marker = re.sub(r"(and )?extra == .proxy.", "", marker).strip()
-    name = "certifi" if name.startswith("certifi") else name.strip()
-    print(name + (f" ; {marker}" if marker else ""))
+from pip._vendor.packaging.requirements import Requirement
+for one in map(Requirement, requires("litellm")):
+    if one.marker is None or one.marker.evaluate({"extra": "proxy"}):
+        extras = "[" + ",".join(one.extras) + "]" if one.extras else ""
+        print(one.name + extras + ("" if one.name in ("certifi", "litellm-proxy-extras") else str(one.specifier)))
 """
 
 
@@ -123,8 +120,8 @@ def write_load(folder: Path) -> Path:
 
 
 def install_litellm() -> str | None:
-    """Install once; why it could not be, or None. Its floor under certifi, a list that nothing here reads, is left out
-    for the sake of package indexes that are a day behind."""
+    """Install once; why it could not be, or None. Of two packages that nothing here uses (certifi's list, migrations of
+    a database) any version will do, for the sake of package indexes that are some days behind."""
     python = LITELLM_HOME.absolute() / "bin/python"
     done = LITELLM_HOME / f"installed-{LITELLM}"
     if done.exists():
