@@ -170,3 +170,15 @@ def test_a_gateway_starts_from_a_snapshot_that_it_cannot_write_anew(journal: Pat
     with full_disk(journal, room_bytes=-journal.stat().st_size + 1):
         assert after.load()
     assert state(after) == state(before)
+
+
+def test_a_journal_that_cannot_be_read_or_written_leaves_control_s_word(
+    journal: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal.mkdir(parents=True)
+    known = new(journal, clock)
+    assert not known.load()
+    known.apply(raw(3, full=True, keys={"a": key("a")}))
+    known.check_usable()
+    assert state(known) == (3, ["a"], [], [])
+    assert [record.message for record in caplog.records] == ["snapshot_not_read", "snapshot_not_saved"]

@@ -94,11 +94,14 @@ class Directory:
         self._failing = False
 
     def load(self) -> bool:
-        """Start from the journal, if there is one. False when there is none."""
+        """Start from the journal, if there is one. False when there is none, or none that can be read."""
         try:
             lines = self._journal.read_bytes().split(b"\n")
             confirmed_at = self._journal.stat().st_mtime
         except FileNotFoundError:
+            return False
+        except OSError as error:
+            log.error("snapshot_not_read", extra={"reason": str(error)})
             return False
         for line in lines[:-1]:
             try:
