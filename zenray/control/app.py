@@ -120,7 +120,7 @@ def build_control(
     app = FastAPI(
         title="zenray control",
         version=__version__,
-        lifespan=_lifespan((reconciler, jobs), feed, config.reconcile_interval_s if reconcile else None),
+        lifespan=_lifespan(reconciler, jobs, feed, config.reconcile_interval_s if reconcile else None),
     )
     registry = CollectorRegistry()
     registry.register(DatabaseGauges(database, clock))
@@ -139,7 +139,7 @@ def build_control(
 
 
 def _lifespan(
-    reconcilers: tuple[Reconciler, JobReconciler], feed: SnapshotFeed, interval_s: float | None
+    reconciler: Reconciler, jobs: JobReconciler, feed: SnapshotFeed, interval_s: float | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -147,9 +147,8 @@ def _lifespan(
         if interval_s is not None:
             # A daemon: a call to Ray may take 30 s, and control is to end within 5. A round that is cut off is only
             # a round that did not happen.
-            for one in reconcilers:
-                name = type(one).__name__
-                threading.Thread(target=one.run, args=(stop, interval_s), name=name, daemon=True).start()
+            for run, every_s in ((reconciler.run, interval_s), (jobs.run, 2 * interval_s)):
+                threading.Thread(target=run, args=(stop, every_s), name=run.__qualname__, daemon=True).start()
         try:
             yield
         finally:
