@@ -237,6 +237,8 @@ async def test_error_in_the_middle_of_a_stream(
     assert broken.value.code == "upstream_failed" and seen == 3
     event = await billed(control, answer_id)
     assert event.outcome is Outcome.UPSTREAM_FAILED and event.usage.output_tokens == 3
+    if fail == "cut":  # its replica is avoided now
+        await gateway.logged("replica_failed", request_id=event.request_id, how="lost")
 
 
 async def test_hanging_up_stops_the_engine_and_bills_what_was_counted(
