@@ -21,10 +21,12 @@ from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import PretrainJob
 from zenray.training import metrics
+from zenray.training.data.stream import pack
 from zenray.training.mesh import Mesh
 from zenray.training.metrics import StepMeasures, peak_flops
 from zenray.training.routing import StepRouting
 from zenray.training.tracking import check_trackers, metrics_of, tracked
+from zenray.training.trainer import Trainer
 
 STEP = {"event": "step", "step": 4, "loss": 2.5, "tokens_per_s": 100.0}
 
@@ -101,19 +103,34 @@ def test_utilisation_counts_experts_of_other_kinds(monkeypatch: pytest.MonkeyPat
     assert told[0]["mfu"] == pytest.approx(3 * flops_per_token(with_block.dimensions(), 16) * 100.0 / 1e9)
 
 
-def test_tokens_without_a_place_are_counted_over_layers_and_passes() -> None:
-    def stats(lost: float | None) -> RouterStats:
+def test_what_experts_had_no_room_for_is_counted_by_layer_over_passes() -> None:
+    def stats(dropped: float, fallback: float) -> RouterStats:
         one = torch.ones(4)
-        dropped = None if lost is None else torch.tensor(lost)
-        return RouterStats(one, one, torch.zeros(()), torch.tensor(8.0), one, dropped)
+        return RouterStats(one, one, torch.zeros(()), torch.tensor(8.0), one * dropped, torch.tensor(fallback))
 
-    model = MoDE(replace(CONFIG, num_hidden_layers=3, sparse_layers=(0, 2)))
+    without_capacity = stats(0, 0)._replace(overflow_E=None, fallback_tokens=None)
+    model = MoDE(replace(CONFIG, num_hidden_layers=4, sparse_layers=(0, 2, 3)))
     routing = StepRouting(model, Mesh())
-    routing.loss([stats(2.0), stats(None)], 16)
-    routing.loss([stats(3.0), stats(None)], 16)
-    layers, dropped_tokens = routing.report()
-    assert dropped_tokens == 5
-    assert [layer.load for layer in layers] == [(0.25,) * 4] * 2
+    routing.loss([stats(1, 2), without_capacity, stats(0, 0)], 16)
+    routing.loss([stats(2, 3), without_capacity, stats(0, 1)], 16)
+    layers = routing.report()
+    assert [(layer.dropped_choices, layer.fallback_tokens) for layer in layers] == [(12, 5), (0, 0), (0, 1)]
+    assert [layer.load.load for layer in layers] == [(0.25,) * 4] * 3
+
+
+def test_a_step_says_of_each_layer_how_even_it_was_and_what_it_had_no_room_for(tmp_path: Path) -> None:
+    """Half of the room that even loads need: at least half of all choices are dropped."""
+    tight = replace(CONFIG.router, capacity_factor=0.5)
+    torch.manual_seed(0)
+    model = MoDE(replace(CONFIG, router=tight, shared_expert_width=8, num_hidden_layers=3, sparse_layers=(1, 2)))
+    tokens = torch.randint(0, 256, (4, 33)).numpy()
+    report = Trainer(model, wanted(tmp_path)).step(0, [pack([(row, row * 0) for row in tokens])])
+    choices = 4 * 32 * 2
+    for dropped, fallback in zip(report.dropped_choices, report.fallback_tokens, strict=True):
+        assert choices / 2 <= dropped < choices and dropped / 2 <= fallback <= 4 * 32
+    for entropy, effective, load in zip(report.entropy_ratios, report.effective_ratios, report.loads, strict=True):
+        assert effective == pytest.approx(len(load) ** (entropy - 1)) and entropy < 1
+    assert len(report.loads) == 2
 
 
 def test_waiting_for_other_stages_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +145,10 @@ def test_waiting_for_other_stages_is_communication(monkeypatch: pytest.MonkeyPat
 
 def test_an_events_metrics_have_names_and_are_finite() -> None:
     about = {"gradient_norms": {"expert": 1.5}, "entropy_ratios": [0.9], "loads": [[0.25, 0.75]], "kl": "nan"}
+    about |= {"effective_ratios": [0.8, 0.7], "fallback_tokens": [0, 5]}
     found, step = metrics_of({**STEP, **about})
     assert step == 5 and found["loss"] == 2.5 and "kl" not in found and "mfu" not in found
+    assert found["effective_ratio/layer_1"] == 0.7 and found["fallback_tokens/layer_1"] == 5
     assert found["gradient_norm/expert"] == 1.5 and found["load/layer_0/expert_1"] == 0.75
     assert metrics_of({"event": "evaluation", "step": 3, "domain": "code", "loss": 1.0}) == (
         {"validation_loss/code": 1.0},

@@ -15,7 +15,9 @@ def history(experts: tuple[int, ...] = (4, 2)) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = [before]
     for step in range(3):
         loads = [[1 / count] * count for count in experts]
-        about = {"entropy_ratios": [1.0] * len(experts), "max_violations": [0.0] * len(experts), "loads": loads}
+        even = {"entropy_ratios": [0.9] * len(experts), "effective_ratios": [0.75] * len(experts)}
+        lost = {"dropped_choices": [700] * len(experts), "fallback_tokens": [step] * len(experts)} if step else {}
+        about = {**even, **lost, "max_violations": [0.25] * len(experts), "loads": loads}
         events.append(
             {"event": "step", "step": step, "loss": 3.5 - step, "lm_loss": 3.0, "kl": 0.5, "tokens": 10, **about}
         )
@@ -25,7 +27,7 @@ def history(experts: tuple[int, ...] = (4, 2)) -> list[dict[str, Any]]:
 def test_a_report_has_its_numbers_plots_and_job_in_one_page() -> None:
     page = write_report("mode@v2 & more", history(), {"name": "<job>"})
     assert "mode@v2 &amp; more" in page and "&lt;job&gt;" in page and "<job>" not in page
-    for words in ("3.5000, 1.5000", "code&lt;1&gt;", "after 3 steps", "2.5000", "0.00"):
+    for words in ("3.5000, 1.5000", "code&lt;1&gt;", "after 3 steps", "2.5000", "0.900", "0.750", "0.25", "1,400"):
         assert words in page, words
     heads = re.findall(r"<h2>([^<]+)</h2><img", page)
     assert heads == [

@@ -50,10 +50,18 @@ class Step(_Event):
     tokens_per_s: float = 0.0
     was_skipped: bool = False
     fault: str | None = Field(None, description="Why nothing was learnt from it.")
-    entropy_ratios: list[float] = Field(default_factory=list)
-    max_violations: list[float] = Field(default_factory=list)
+    entropy_ratios: list[float] = Field(default_factory=list, description="H / log E; 1 is even.")
+    effective_ratios: list[float] = Field(
+        default_factory=list, description="exp(H) / E, the share of experts in effective use; 1 is even."
+    )
+    max_violations: list[float] = Field(default_factory=list, description="Largest load / mean load − 1; 0 is even.")
     loads: list[list[float]] = Field(default_factory=list, description="Share of the routed tokens of each expert.")
-    dropped_tokens: int = 0
+    dropped_choices: list[int] = Field(
+        default_factory=list, description="A token chose an expert that had no room for it (capacity)."
+    )
+    fallback_tokens: list[int] = Field(
+        default_factory=list, description="Tokens that lost at least one expert so, and have the shared one instead."
+    )
     mfu: float | None = Field(None, description="Share of the hardware's peak arithmetic; None: the peak is unknown.")
     memory_bytes: int | None = Field(None, description="The most that one worker has held.")
     communication_share: float | None = Field(None, description="Of the step's time, on the first worker.")
@@ -62,6 +70,14 @@ class Step(_Event):
     def entropy(self) -> float | None:
         """H / log E of the most unevenly loaded layer; 1 is even."""
         return min(self.entropy_ratios, default=None)
+
+
+class Placed(_Event):
+    """How many workers a run starts now. `missing`: what they wait for; None: they have it."""
+
+    event: Literal["workers"] = "workers"
+    count: int
+    missing: str | None = None
 
 
 class Evaluated(_Event):
@@ -98,7 +114,7 @@ class Published(_Event):
 
 
 class Result(_Event):
-    """What an evaluation found: `zenray.spec.evaluation.EvaluationResult` as JSON."""
+    """What an evaluation has found so far and not told before: `zenray.spec.evaluation.EvaluationResult` as JSON."""
 
     event: Literal["result"] = "result"
     data: dict[str, Any]
@@ -129,7 +145,7 @@ class Note(_Event):
     event: str
 
 
-_KNOWN = (Started, Progress, Step, Evaluated, Checkpointed, Phase, Published, Result, StateChanged, Ended)
+_KNOWN = (Started, Progress, Placed, Step, Evaluated, Checkpointed, Phase, Published, Result, StateChanged, Ended)
 _NAMES = frozenset(kind.model_fields["event"].default for kind in _KNOWN)
 
 
@@ -141,6 +157,7 @@ def _tag(value: Any) -> str:
 JobEvent = Annotated[
     Annotated[Started, Tag("started")]
     | Annotated[Progress, Tag("progress")]
+    | Annotated[Placed, Tag("workers")]
     | Annotated[Step, Tag("step")]
     | Annotated[Evaluated, Tag("evaluation")]
     | Annotated[Checkpointed, Tag("checkpoint")]
@@ -180,6 +197,8 @@ def _said(event: JobEvent) -> str:
         return f"started: {event.kind}" + (f", {event.steps} steps" if event.steps else "")
     if isinstance(event, Progress):
         return f"{event.what} {event.done / max(event.total, 1):.0%}"
+    if isinstance(event, Placed):
+        return f"{event.count} workers start" if event.missing is None else f"waiting for workers: {event.missing}"
     if isinstance(event, Checkpointed):
         return f"step {event.step}  checkpoint"
     if isinstance(event, Phase):

@@ -31,7 +31,7 @@ def write_report(title: str, history: Sequence[Event], job: Event) -> str:
     pictures = "\n".join(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{png}">' for name, png in plots)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>\n{_facts(steps)}\n{_validation(evaluations)}\n{pictures}\n"
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>\n{_facts(steps)}\n{_layers(steps)}\n{_validation(evaluations)}\n{pictures}\n"
         f"<h2>Job</h2><pre>{html.escape(json.dumps(job, indent=2))}</pre></html>\n"
     )
 
@@ -45,12 +45,22 @@ def _facts(steps: Sequence[Step]) -> str:
         "loss, first and last": f"{steps[0].loss:.4f}, {last.loss:.4f}",
         "next-token loss, first and last": f"{steps[0].lm_loss:.4f}, {last.lm_loss:.4f}",
         "steps not learnt from": f"{skipped:,}",
-        "tokens without a place at an expert": f"{sum(step.dropped_tokens for step in steps):,}",
     }
-    if last.entropy is not None:
-        rows["load entropy H / log E, last, least even layer"] = f"{last.entropy:.3f}"
-        rows["MaxVio, last, worst layer"] = f"{max(last.max_violations):.2f}"
     return _table(["", ""], [[name, value] for name, value in rows.items()])
+
+
+def _layers(steps: Sequence[Step]) -> str:
+    """How even each sparse layer's load was in the last step, and what its experts had no room for in all steps."""
+    last, rows = steps[-1], []
+    for layer, entropy in enumerate(last.entropy_ratios):
+        even = [f"{entropy:.3f}", f"{last.effective_ratios[layer]:.3f}", f"{last.max_violations[layer]:.2f}"]
+        lost = [
+            sum(counts[layer] for counts in of_steps if counts)
+            for of_steps in ([step.dropped_choices for step in steps], [step.fallback_tokens for step in steps])
+        ]
+        rows.append([f"sparse layer {layer}", *even, *(f"{count:,}" for count in lost)])
+    head = ["", "H / log E", "exp(H) / E", "MaxVio", "choices without room, all steps", "tokens with a fallback"]
+    return "<h2>Routing, by layer</h2>" + _table(head, rows) if rows else ""
 
 
 def _validation(evaluations: Sequence[Evaluated]) -> str:

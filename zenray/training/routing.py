@@ -8,6 +8,8 @@ E experts of a layer.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,14 @@ from zenray.model.network import MoDE
 from zenray.training.mesh import Mesh
 
 _MEANS = {"cutoff_E"}  # over workers and passes; everything else in RouterStats is a sum
+
+
+class LayerReport(NamedTuple):
+    """One sparse layer in one step. The counts are of capacity, which only training has."""
+
+    load: LoadReport
+    dropped_choices: int  # an expert had no room for the token that chose it
+    fallback_tokens: int  # which lost at least one expert so: the shared expert stands in, where there is one
 
 
 class StepRouting:
@@ -51,19 +61,19 @@ class StepRouting:
             totals = [layer._replace(**mean) for layer, mean in zip(self._totals, taken, strict=True)]
             self._model.model.after_step(totals)
 
-    def report(self) -> tuple[list[LoadReport], int]:
-        """How evenly each sparse layer's experts were loaded in this step, and how many tokens lost at least one expert
-        for want of room, over all layers of all pipeline stages. Collective."""
+    def report(self) -> list[LayerReport]:
+        """What each sparse layer of all pipeline stages did in this step. Collective."""
         sparse = sorted(self._model.config.sparse_layers)
         named = self._model.model.layers.named_children()
         mine = [sparse.index(int(number)) for number, layer in named if layer.is_sparse]
-        found = torch.zeros(len(sparse), self._model.config.num_experts + 1, device=self._mesh.device)
+        found = torch.zeros(len(sparse), self._model.config.num_experts + 2, device=self._mesh.device)
         for row, layer in zip(mine, self._totals, strict=True):
-            found[row, :-1] = layer.load_E
-            if layer.fallback_tokens is not None:
-                found[row, -1] = layer.fallback_tokens
+            found[row, :-2] = layer.load_E
+            if layer.overflow_E is not None and layer.fallback_tokens is not None:
+                found[row, -2:] = torch.stack([layer.overflow_E.sum(), layer.fallback_tokens])
         found = self._mesh.add_up_stages(found)
-        return [load_report(load_E) for load_E in found[:, :-1]], round(float(found[:, -1].double().sum()))
+        lost = found[:, -2:].long().tolist()
+        return [LayerReport(load_report(load_E), *counts) for load_E, counts in zip(found[:, :-2], lost, strict=True)]
 
     def _over_workers(self, stats: list[RouterStats]) -> list[RouterStats]:
         """Sums over all workers in value; gradients reach this worker's part only."""

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -63,14 +63,18 @@ def metrics_of(event: Event) -> tuple[dict[str, float], int]:
         return _finite({f"validation_loss/{read.domain}": read.loss}), read.step
     if not isinstance(read, Step):
         return {}, 0
-    plain = (
-        "loss lm_loss kl balance gradient_norm learning_rate tokens_per_s dropped_tokens mfu memory_bytes "
-        "communication_share"
-    )
+    plain = "loss lm_loss kl balance gradient_norm learning_rate tokens_per_s mfu memory_bytes communication_share"
     found: dict[str, float | None] = {name: getattr(read, name) for name in plain.split()}
     found |= {f"gradient_norm/{kind}": norm for kind, norm in read.gradient_norms.items()}
-    found |= {f"entropy_ratio/layer_{layer}": value for layer, value in enumerate(read.entropy_ratios)}
-    found |= {f"max_violation/layer_{layer}": value for layer, value in enumerate(read.max_violations)}
+    of_layers: dict[str, Sequence[float]] = {
+        "entropy_ratio": read.entropy_ratios,
+        "effective_ratio": read.effective_ratios,
+        "max_violation": read.max_violations,
+        "dropped_choices": read.dropped_choices,
+        "fallback_tokens": read.fallback_tokens,
+    }
+    for name, values in of_layers.items():
+        found |= {f"{name}/layer_{layer}": value for layer, value in enumerate(values)}
     for layer, load in enumerate(read.loads):
         found |= {f"load/layer_{layer}/expert_{expert}": share for expert, share in enumerate(load)}
     return _finite(found), read.step + 1

@@ -44,7 +44,10 @@ def is_finite(loss: float, gradient_norm: float) -> bool:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did. Losses are means over all targets of all workers; `balance` has its coefficient applied."""
+    """What one step did. Losses are means over all targets of all workers; `balance` has its coefficient applied.
+
+    From `entropy_ratios` on: of each sparse layer, as in `LoadReport` and `LayerReport`.
+    """
 
     step: int
     loss: float
@@ -57,9 +60,11 @@ class StepReport:
     tokens: int
     was_skipped: bool
     entropy_ratios: tuple[float, ...]
+    effective_ratios: tuple[float, ...]
     max_violations: tuple[float, ...]
     loads: tuple[tuple[float, ...], ...]
-    dropped_tokens: int
+    dropped_choices: tuple[int, ...]
+    fallback_tokens: tuple[int, ...]
 
 
 def require_vocabulary(theirs: int, ours: int) -> None:
@@ -131,7 +136,7 @@ class Trainer:
         if is_sound:
             self._update(rate)
             passes.routing.finish()
-        layers, dropped_tokens = passes.routing.report()
+        layers = passes.routing.report()
         return StepReport(
             step=index,
             loss=loss,
@@ -143,10 +148,12 @@ class Trainer:
             learning_rate=rate,
             tokens=passes.tokens,
             was_skipped=not is_sound,
-            entropy_ratios=tuple(layer.entropy_ratio for layer in layers),
-            max_violations=tuple(layer.max_violation for layer in layers),
-            loads=tuple(layer.load for layer in layers),
-            dropped_tokens=dropped_tokens,
+            entropy_ratios=tuple(layer.load.entropy_ratio for layer in layers),
+            effective_ratios=tuple(layer.load.effective_ratio for layer in layers),
+            max_violations=tuple(layer.load.max_violation for layer in layers),
+            loads=tuple(layer.load.load for layer in layers),
+            dropped_choices=tuple(layer.dropped_choices for layer in layers),
+            fallback_tokens=tuple(layer.fallback_tokens for layer in layers),
         )
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -23,7 +23,6 @@ _OF_A_STEP: dict[str, tuple[str, Callable[[Step], float | None]]] = {
     "zenray_job_kl": ("Distance to the teachers in the newest step.", lambda step: step.kl),
     "zenray_job_tokens_per_second": ("Tokens trained on in a second.", lambda step: step.tokens_per_s),
     "zenray_job_gradient_norm": ("Norm of all gradients before the clip.", lambda step: step.gradient_norm),
-    "zenray_job_dropped_tokens": ("Tokens without a place at an expert.", lambda step: step.dropped_tokens),
     "zenray_job_mfu_ratio": ("Share of the hardware's peak arithmetic.", lambda step: step.mfu),
     "zenray_job_memory_bytes": ("The most that one worker has held.", lambda step: step.memory_bytes),
     "zenray_job_communication_ratio": (
@@ -31,8 +30,11 @@ _OF_A_STEP: dict[str, tuple[str, Callable[[Step], float | None]]] = {
         lambda step: step.communication_share,
     ),
 }
-_OF_A_LAYER: dict[str, tuple[str, Callable[[Step], list[float]]]] = {
+_OF_A_LAYER: dict[str, tuple[str, Callable[[Step], Sequence[float]]]] = {
     "zenray_job_entropy_ratio": ("H / log E of the layer's load; 1 is even.", lambda step: step.entropy_ratios),
+    "zenray_job_effective_ratio": ("exp(H) / E of the layer's load; 1 is even.", lambda step: step.effective_ratios),
+    "zenray_job_dropped_choices": ("Choices of experts without room.", lambda step: step.dropped_choices),
+    "zenray_job_fallback_tokens": ("Tokens that lost an expert so.", lambda step: step.fallback_tokens),
     "zenray_job_max_violation": ("MaxVio of the layer's load; 0 is even.", lambda step: step.max_violations),
 }
 
