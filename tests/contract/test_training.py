@@ -103,6 +103,12 @@ def test_what_only_workers_can_find_wrong_ends_the_run_at_once(ray_session: RayS
     assert last.startswith("error: ") and "count.jsonl: no such file" in last and "A data source names a file" in last
 
 
+def test_more_workers_than_the_machine_can_ever_have_are_refused(ray_session: RaySession, tmp_path: Path) -> None:
+    run = Run(tmp_path, in_session(ray_session))
+    output, _ = run.start(workers={"count": 2, "cpus": 500}).communicate(timeout=120)
+    assert "2 workers need 2 × 500 CPU, and this machine has " in output.strip().splitlines()[-1]
+
+
 @pytest.fixture
 def own_ray() -> Iterator[dict[str, str]]:
     home = new_home()
@@ -229,3 +235,22 @@ def test_a_node_that_is_lost_and_one_that_comes_change_nothing(own_ray: dict[str
         finished(driver)
         assert [event["event"] for event in run.events].count("resumed") >= 1
         same_result(run, unbroken)
+
+
+@pytest.mark.nightly
+def test_a_run_that_lost_a_node_goes_on_with_the_workers_that_are_left(own_ray: dict[str, str], tmp_path: Path) -> None:
+    """Both workers hold all experts; one of them has no place any more, and nobody brings it back."""
+    job = {**JOB, "workers": {"count": 2, "cpus": 1, "replacement_patience_s": 5}}
+    with simulated_nodes(Path(own_ray["RAY_TMPDIR"])) as (address, obey):
+        waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
+        run = Run(tmp_path / "run", {"RAY_ADDRESS": address, **LOOPBACK, **waits})
+        driver = run.start(**job)
+        run.await_event(driver, "step", random.randint(6, 20))
+        run.await_kept(driver)
+        assert obey("remove") == "1 nodes"
+        output = finished(driver)
+        assert "waiting for workers: they need 2 × 1 CPU, and 1 CPU is free" in output
+        assert "goes on with 1 of 2 workers" in output
+        assert [event["event"] for event in run.events].count("resumed") >= 1
+        steps = [event["step"] for event in run.history() if event["event"] == "step"]
+        assert steps == list(range(STEPS))

@@ -11,7 +11,8 @@ from zenray.training.history import History
 
 
 def step(number: int, loads: list[list[float]], tokens: int = 10, was_skipped: bool = False) -> dict[str, Any]:
-    of_layers = {"entropy_ratios": [0.5] * len(loads), "max_violations": [1.0] * len(loads), "loads": loads}
+    figures = {"entropy_ratios": [0.5], "fallback_tokens": [3]}
+    of_layers = {name: value * len(loads) for name, value in figures.items()} | {"loads": loads}
     about = {"event": "step", "step": number, "loss": 2.5, "tokens": tokens, "was_skipped": was_skipped}
     return about | of_layers
 
@@ -33,24 +34,24 @@ def test_what_is_kept_of_a_step_does_not_grow_with_layers_and_experts() -> None:
     assert sizes[0] == sizes[1]
 
 
-def test_loads_are_kept_as_means_of_the_tokens_since_the_time_before() -> None:
+def test_loads_are_kept_as_means_and_counts_as_sums_since_the_time_before() -> None:
     history = History(400)
     for number in range(400):
         first = number in (0, 396)
         history.add(step(number, [[float(first), float(not first)]], tokens=40 if first else 20))
-    history_of = {event["step"]: event for event in kept(history) if "loads" in event}
-    assert list(history_of) == [0, *range(3, 400, 4)]
-    assert history_of[399]["loads"] == [[pytest.approx(0.4), pytest.approx(0.6)]]
-    assert history_of[399]["loads_tokens"] == 100 and history_of[3]["loads_tokens"] == 60
-    assert history_of[399]["entropy_ratios"] == [0.5]
+    found = {event["step"]: event for event in kept(history) if "loads" in event}
+    assert list(found) == [0, *range(3, 400, 4)]
+    assert found[399]["loads"] == [[pytest.approx(0.4), pytest.approx(0.6)]]
+    assert found[399]["loads_tokens"] == 100 and found[3]["loads_tokens"] == 60
+    assert found[399]["entropy_ratios"] == [0.5] and found[399]["fallback_tokens"] == [12], "counts are added up"
 
 
-def test_a_skipped_step_counts_for_nothing() -> None:
+def test_a_skipped_step_is_not_in_the_means() -> None:
     history = History(400)
     for number, was_skipped in enumerate((True, False, True, False)):
         history.add(step(number, [[float(was_skipped), float(not was_skipped)]], was_skipped=was_skipped))
     first, last = (event for event in kept(history) if "entropy_ratios" in event)
-    assert "loads" not in first and last["loads"] == [[0.0, 1.0]] and last["loads_tokens"] == 20
+    assert first["loads"] == [] and last["loads"] == [[0.0, 1.0]] and last["loads_tokens"] == 20
 
 
 def test_a_history_that_is_taken_up_goes_on_as_if_it_had_never_been_put_down() -> None:

@@ -95,8 +95,8 @@ def _schema(kind: str, where: str) -> type[Job]:
 def job_id(job: Document) -> str:
     """The job's name and a digest of all that changes its result: another file is another job, never a resumed one.
 
-    Not of `workers`, on which the result does not depend: a job may go on with more or fewer. For a job whose versions
-    are pinned (zenray.storage.pinning), so that it means the same later.
+    Not of `workers`, which change little of the result (see there): a job may go on with more or fewer. For a job whose
+    versions are pinned (zenray.storage.pinning), so that it means the same later.
     """
     about = _of_the_result(job.model_dump(mode="json"))
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -88,7 +88,12 @@ class Optimisation(Document):
 
 
 class Workers(Document):
-    """How many processes train, and how experts lie on them. Changing it does not change the result."""
+    """How many processes train, and how experts lie on them.
+
+    A run may go on with others. Its results are then the same up to rounding, and up to this: a pass is as large as
+    all workers compute at once, and the balance loss of each pass takes the loads of the step's passes so far; networks
+    with a capacity factor or with expert choice, which look at one worker's pass alone, are trained a little otherwise.
+    """
 
     count: int = Field(1, ge=1)
     expert_parallel: int = Field(1, ge=1, description="Workers that share one set of experts; divides count.")
@@ -110,6 +115,12 @@ class Workers(Document):
     gpu: bool = Field(False, description="One GPU for each worker, and NCCL; otherwise CPUs and gloo.")
     cpus: float = Field(1, gt=0, description="CPUs that Ray sets aside for each worker.")
     max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint; -1: without limit.")
+    replacement_patience_s: float | None = Field(
+        None,
+        ge=0,
+        description="After a failure, how long to wait for as many workers as before, in whole minutes. Then as many "
+        "go on as have room and share out the steps as they are; if none can, the run ends. None: it waits.",
+    )
 
     @property
     def axes(self) -> Axes:

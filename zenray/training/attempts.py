@@ -2,56 +2,138 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.fs
 import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import (
+    CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
+    DEFAULT_WORKER_GROUP_START_TIMEOUT_S,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+)
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from zenray.spec.errors import Conflict, InvalidDocument, InvalidRequest, NotFound, ZenrayError
+from zenray.spec.platform import StorageSettings
 from zenray.spec.training import TrainingJob
+from zenray.training.events import EventPlace
+from zenray.training.places import (
+    SaysWhatItWaitsFor,
+    can_grow,
+    fewer_workers,
+    machines_of_cluster,
+    needs_of,
+    places,
+    require_places,
+)
 from zenray.training.worker import train_worker
 
+log = logging.getLogger(__name__)
 _OWN = (InvalidRequest, InvalidDocument, NotFound, Conflict)
 
 
-def fit(job: TrainingJob, name: str, about: dict[str, Any], filesystem: pyarrow.fs.FileSystem, folder: str) -> Result:
-    """Run `train_worker` with `about` on the job's workers until they are done. Blocks; needs Ray.
+@dataclass(frozen=True)
+class Attempt:
+    """What Ray Train needs of a run. `about`: what `train_worker` gets; checkpoints go below `folder`, under `name`."""
 
-    Checkpoints go into `folder` of the file system, under the run's name. A worker's or a machine's failure starts all
-    of them again from the newest, `workers.max_failures` times; then ZenrayError. What a worker finds wrong with the
-    job itself (InvalidValue, NotFound, Conflict) is raised at once.
+    job: TrainingJob
+    name: str
+    about: dict[str, Any]
+    storage: StorageSettings
+    events: EventPlace
+    filesystem: pyarrow.fs.FileSystem
+    folder: str
+
+
+def fit(attempt: Attempt) -> Result:
+    """Run `train_worker` on the job's workers until they are done. Blocks; needs Ray.
+
+    A worker's or a machine's failure starts all of them again from the newest checkpoint, `workers.max_failures`
+    times; then ZenrayError. Where fewer have room for longer than `workers.replacement_patience_s`, so many go on as
+    leave the steps what they are, or ZenrayError says which counts do. What a worker finds wrong with the job itself
+    (InvalidValue, NotFound, Conflict) is raised at once.
     """
-    workers = job.workers
+    job, count = attempt.job, attempt.job.workers.count
+    needs = needs_of(job.workers)
+    if not can_grow():
+        require_places(machines_of_cluster(), count, needs)
+    while True:
+        try:
+            return _with_workers(attempt, count)
+        except _NoRoomError:
+            if not _has_checkpoint(attempt):
+                continue  # nothing would be gained by being fewer: it waits for its turn
+            count = _go_on_with(job, attempt.name, count, places(machines_of_cluster(), needs))
+            log.warning("Run %s goes on with %d of %d workers.", attempt.name, count, job.workers.count)
+
+
+class _NoRoomError(Exception):
+    """Workers have waited for room for longer than the job's patience."""
+
+
+def _with_workers(attempt: Attempt, count: int) -> Result:
+    workers = attempt.job.workers
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=about,
+        train_loop_config=attempt.about,
         torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers.count,
-            use_gpu=workers.gpu,
-            resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.gpu else {})},
-        ),
+        scaling_config=ScalingConfig(num_workers=count, use_gpu=workers.gpu, resources_per_worker=needs_of(workers)),
         run_config=RunConfig(
-            name=name,
-            storage_path=folder,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoints.keep),
-            callbacks=[EndsForOwnErrors()],
+            name=attempt.name,
+            storage_path=attempt.folder,
+            storage_filesystem=attempt.filesystem,
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures,
+                controller_failure_limit=_most_waits(workers.replacement_patience_s),
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=attempt.job.checkpoints.keep),
+            callbacks=[EndsForOwnErrors(), SaysWhatItWaitsFor(attempt.storage, attempt.events)],
         ),
     )
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as error:
-        own = getattr(error, "controller_failure", None)
-        if isinstance(own, _OWN):
-            raise own from None
+        cause = getattr(error, "controller_failure", None)
+        if isinstance(cause, _OWN):
+            raise cause from None
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            raise _NoRoomError from error
         raise ZenrayError(
-            f"Run {name} failed: {causes(error)}.", hint="Run it again: it goes on from its last checkpoint."
+            f"Run {attempt.name} failed: {causes(error)}.", hint="Run it again: it goes on from its last checkpoint."
         ) from error
+
+
+def _most_waits(patience_s: float | None) -> int:
+    """How often Ray Train may fail to start the workers, which it does after a minute without room. -1: always."""
+    if patience_s is None:
+        return -1
+    once_s = float(os.environ.get(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S))
+    return max(0, math.ceil(patience_s / once_s) - 1)
+
+
+def _has_checkpoint(attempt: Attempt) -> bool:
+    record = f"{attempt.folder}/{attempt.name}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
+    return attempt.filesystem.get_file_info(record).type == pyarrow.fs.FileType.File
+
+
+def _go_on_with(job: TrainingJob, name: str, before: int, left: int) -> int:
+    """How many workers go on where `before` have found no room. ZenrayError with the legal counts where none can."""
+    count = fewer_workers(job, min(left, before - 1))
+    if count == 0:
+        legal = [n for n in range(1, job.workers.count + 1) if fewer_workers(job, n) == n]
+        raise ZenrayError(
+            f"Run {name} waited for room for {before} workers in vain: there is room for {left}, and it can go on "
+            f"with {' or '.join(map(str, legal))}.",
+            hint="Run it again when machines are back: it goes on from its last checkpoint.",
+        )
+    return count
 
 
 class EndsForOwnErrors(UserCallback):

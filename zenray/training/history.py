@@ -1,7 +1,7 @@
 """What a run keeps of its events: a line for each, in every checkpoint, so that a resumed run tells the whole story.
 
 Lines are as long for a network of a hundred layers as for one of two: a step's figures of each layer and each expert
-are only told, and kept about a hundred times in a run, the loads as means since the time before.
+are only told, and kept about a hundred times in a run: loads as means, and counts as sums, since the time before.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from zenray.spec.errors import Conflict
 HISTORY_NAME = "history.jsonl"
 Event = dict[str, Any]
 _TIMES = 100
-_OF_LAYERS = ("entropy_ratios", "max_violations", "loads")
+_COUNTS = ("dropped_choices", "fallback_tokens")
 _DECISIVE = ("event", "step", "loss", "was_skipped")
-_UNFINISHED = "loads_so_far"
+_UNFINISHED = "so_far"
 
 
 class History:
@@ -28,8 +28,7 @@ class History:
         self._steps, self._is_written = steps, is_written
         self.events: list[Event] = []
         self._lines: list[str] = []  # made once: a long run has many, and writes all at each checkpoint
-        self._loads: list[list[float]] = []  # of each layer and expert, times tokens, since they were last kept
-        self._tokens = 0
+        self._sums: dict[str, Any] = {}  # since figures of layers were last kept
 
     def add(self, event: Event) -> None:
         """`event`: as JSON has it. A step has what `trainer.StepReport` says."""
@@ -39,40 +38,43 @@ class History:
 
     def lines(self) -> list[str]:
         """Of a checkpoint that is made now."""
-        if not self._tokens:
-            return list(self._lines)
-        return [*self._lines, _line({"event": _UNFINISHED, "loads": self._loads, "tokens": self._tokens})]
+        return [*self._lines, _line({"event": _UNFINISHED, **self._sums})] if self._sums else list(self._lines)
 
     def restore(self, kept: list[Event]) -> None:
         """As it was when a checkpoint was made that carries these events."""
-        self.events, self._lines, self._loads, self._tokens = [], [], [], 0
+        self.events, self._lines, self._sums = [], [], {}
         for event in kept:
             if event["event"] == _UNFINISHED:
-                self._loads, self._tokens = event["loads"], event["tokens"]
+                self._sums = {name: value for name, value in event.items() if name != "event"}
                 continue
             self.events.append(_decisive(event))
             if self._is_written:
                 self._lines.append(_line(event))
 
     def _shortened(self, step: Event) -> Event:
-        if not step["was_skipped"]:
-            tokens, loads = step["tokens"], step["loads"]
-            before = self._loads or [[0.0] * len(load) for load in loads]
-            self._loads = [
-                [sum_ + share * tokens for sum_, share in zip(*layer, strict=True)]
-                for layer in zip(before, loads, strict=True)
-            ]
-            self._tokens += tokens
-        short = {name: value for name, value in step.items() if name not in _OF_LAYERS}
+        """With figures of layers now and then only: those of the step, but for counts, which are added up, and loads,
+        which are means over the tokens, `loads_tokens`, of the steps that were learnt from."""
+        self._add_up(step)
+        of_layers = {name: value for name, value in step.items() if isinstance(value, list)}
+        short = {name: value for name, value in step.items() if name not in of_layers}
         number = step["step"] + 1
         if number not in (1, self._steps) and number % max(1, self._steps // _TIMES):
             return short
-        short |= {name: step[name] for name in ("entropy_ratios", "max_violations")}
-        if self._tokens:
-            short["loads"] = [[sum_ / self._tokens for sum_ in layer] for layer in self._loads]
-            short["loads_tokens"] = self._tokens
-        self._loads, self._tokens = [], 0
-        return short
+        sums, self._sums = self._sums, {}
+        tokens = sums.pop("loads_tokens", 0)
+        loads = [[one / tokens for one in layer] for layer in sums.pop("loads", [])]
+        return {**short, **of_layers, **sums, "loads": loads, "loads_tokens": tokens}
+
+    def _add_up(self, step: Event) -> None:
+        sums = self._sums
+        for name in (name for name in _COUNTS if name in step):
+            sums[name] = [sum(pair) for pair in zip(sums.get(name) or [0] * len(step[name]), step[name], strict=True)]
+        if not step["was_skipped"]:
+            tokens, loads = step["tokens"], step["loads"]
+            before = sums.get("loads") or [[0.0] * len(load) for load in loads]
+            layers = zip(before, loads, strict=True)
+            sums["loads"] = [[one + share * tokens for one, share in zip(*layer, strict=True)] for layer in layers]
+            sums["loads_tokens"] = sums.get("loads_tokens", 0) + tokens
 
 
 def read_history(folder: Path) -> list[Event]:

@@ -33,7 +33,7 @@ from zenray.storage.job_record import report_key
 from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, publish
-from zenray.training.attempts import fit
+from zenray.training.attempts import Attempt, fit
 from zenray.training.checkpointing import read_weight
 from zenray.training.context_parallel import check_experts
 from zenray.training.data.shards import TokenShards, tokenise_on_cluster
@@ -79,18 +79,20 @@ def run(
     with _held(work_dir / "runs" / f"{name}.lock", name):
         connect()
         filesystem, folder = checkpoint_place(storage)
+        place = events or EventPlace(name)
         about: dict[str, Any] = {
             "job": job.model_dump(mode="json"),
             "run": name,
             "storage": storage.model_dump(),
             "work_dir": str(work_dir.absolute()),
-            "events": (events or EventPlace(name)).as_dict(),
+            "events": place.as_dict(),
             "shards": _tokenise(job, base, storage),
         }
-        result = fit(job, name, about, filesystem, folder)
+        attempt = Attempt(job, name, about, storage, place, filesystem, folder)
+        result = fit(attempt)
         # What workers returned, not their last report's metrics: Ray keeps only those that come with a checkpoint.
         while (result.return_value or {}).get("was_preempted"):  # all is in a checkpoint: on, wherever there is room
-            result = fit(job, name, about, filesystem, folder)
+            result = fit(attempt)
     stopped = (result.return_value or {}).get("stopped")
     if stopped:
         raise ZenrayError(
@@ -193,7 +195,7 @@ def _plans(base: Checkpoint, folder: Path) -> list[TensorPlan]:
 def _even(steps: list[Event]) -> list[float]:
     """H / log E of each sparse layer's load over some steps: a single one of few tokens says little."""
     loads = [
-        torch.tensor(step["loads"], dtype=torch.double) * step["loads_tokens"] for step in steps if "loads" in step
+        torch.tensor(step["loads"], dtype=torch.double) * step["loads_tokens"] for step in steps if step.get("loads")
     ]
     return [load_report(load_E).entropy_ratio for load_E in torch.stack(loads).sum(dim=0)] if loads else []
 

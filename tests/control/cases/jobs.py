@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from zenray.control.jobs.service import cancel_job, get_job, resume_job, submit_
 from zenray.control.jobs.tables import JobRow
 from zenray.spec.clock import FakeClock
 from zenray.spec.errors import ClusterUnavailable, Conflict, NotFound, StorageUnavailable
-from zenray.spec.job_events import parse_event
+from zenray.spec.job_events import in_words, parse_event
 from zenray.spec.job_life import ClusterJob, ClusterJobState, JobState
 from zenray.spec.jobs import job_id
 from zenray.spec.platform import StorageSettings
@@ -88,8 +89,6 @@ class Platform:
         return [(e["from_state"], e["to_state"]) for e in self.events() if e["event"] == "state"]
 
     def events(self) -> list[dict[str, object]]:
-        import json
-
         with self.database.read() as session:
             return [json.loads(row.body) for row in events_after(session, ID, 0, 1000)]
 
@@ -280,6 +279,19 @@ def test_a_wish_made_during_a_round_is_not_overwritten(platform: Platform) -> No
     platform.cluster.jobs = meanwhile  # type: ignore[method-assign,assignment]
     platform.rounds()
     assert platform.look().state == JobState.CANCELLING
+
+
+def test_what_workers_wait_for_is_shown_until_they_start(platform: Platform) -> None:
+    platform.submit()
+    platform.rounds(4)
+    shown = []
+    for missing in ("they need 2 × 1 CPU, and 1 CPU is free", None):
+        platform.say({"event": "workers", "count": 2, "missing": missing})
+        platform.rounds()
+        progress = platform.look().progress
+        assert progress is not None
+        shown.append(in_words(parse_event(json.loads(progress))))
+    assert shown == ["waiting for workers: they need 2 × 1 CPU, and 1 CPU is free", "2 workers start"]
 
 
 def test_unreadable_and_unknown_events_are_kept(platform: Platform) -> None:

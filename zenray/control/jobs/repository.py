@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session
 from zenray.control.jobs.life import Decision, JobView
 from zenray.control.jobs.tables import JobEventRow, JobRow
 from zenray.spec.errors import Conflict
-from zenray.spec.job_events import Ended, JobEvent, Note, Progress, StateChanged, Step, parse_event
+from zenray.spec.job_events import Ended, JobEvent, Note, Placed, Progress, StateChanged, Step, parse_event
 from zenray.spec.job_life import JobState
 
-_SHOWN = (Step, Progress)
+_SHOWN = (Step, Progress, Placed)
 
 
 def view_of(row: JobRow) -> JobView:
