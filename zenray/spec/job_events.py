@@ -80,14 +80,6 @@ class Placed(_Event):
     missing: str | None = None
 
 
-class Placed(_Event):
-    """How many workers a run starts now. `missing`: what they wait for; None: they have it."""
-
-    event: Literal["workers"] = "workers"
-    count: int
-    missing: str | None = None
-
-
 class Evaluated(_Event):
     """Mean loss on a domain's held-out text after so many steps; those of teachers, once."""
 
@@ -166,7 +158,6 @@ JobEvent = Annotated[
     Annotated[Started, Tag("started")]
     | Annotated[Progress, Tag("progress")]
     | Annotated[Placed, Tag("workers")]
-    | Annotated[Placed, Tag("workers")]
     | Annotated[Step, Tag("step")]
     | Annotated[Evaluated, Tag("evaluation")]
     | Annotated[Checkpointed, Tag("checkpoint")]
@@ -206,8 +197,6 @@ def _said(event: JobEvent) -> str:
         return f"started: {event.kind}" + (f", {event.steps} steps" if event.steps else "")
     if isinstance(event, Progress):
         return f"{event.what} {event.done / max(event.total, 1):.0%}"
-    if isinstance(event, Placed):
-        return f"{event.count} workers start" if event.missing is None else f"waiting for workers: {event.missing}"
     if isinstance(event, Placed):
         return f"{event.count} workers start" if event.missing is None else f"waiting for workers: {event.missing}"
     if isinstance(event, Checkpointed):
