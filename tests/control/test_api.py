@@ -329,6 +329,22 @@ async def test_a_full_disk_is_a_clear_answer_and_does_no_harm(client: Client, co
     assert status["ledger"]["ok"]
 
 
+async def test_what_was_measured_of_a_version_is_in_its_deployment(
+    client: Client, control: Control, store: FakeStore, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "w").write_text("w")
+    ref = VersionRef(model=MODEL, version="1")
+    publish(store, ref, tmp_path / "weights", metadata={"template_overhead_tokens": "171"})
+    await client.ask("PUT", f"/admin/deployments/{MODEL}", {"model": MODEL})
+    control.reconciler.step()
+    snapshot = Snapshot.model_validate_json(
+        (await client.ask("GET", "/edge/snapshot?gateway_id=g1", who="edge")).content
+    )
+    route = snapshot.routes[MODEL]
+    assert route is not None and route.template_overhead_tokens == 171
+
+
 async def test_what_the_database_did_not_take_is_not_in_the_log(
     client: Client, control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +15,12 @@ from zenray.control.deployments.canaries import CanaryWatch
 from zenray.control.deployments.reconciler import Reconciler
 from zenray.control.deployments.repository import Loaded, events_of, load_all
 from zenray.control.deployments.service import get_deployment, put_deployment, stop_deployment
-from zenray.control.edge.snapshot import render_snapshot
+from zenray.control.edge.snapshot import WATCH_INTERVAL_S, render_snapshot
 from zenray.spec.clock import FakeClock
 from zenray.spec.deployments import Autoscaling, DeploymentSpec, DeploymentState
 from zenray.spec.edge import CanaryCount, CanaryReport, RouteEntry, RouteState, Snapshot
 from zenray.spec.errors import ClusterUnavailable, InvalidRequest, NotFound
-from zenray.spec.platform import StorageSettings
+from zenray.spec.platform import ControlSettings, StorageSettings
 from zenray.spec.serving import ReplicaLaunch, ServeApplication
 
 MODEL = "smollm2-135m"
@@ -111,6 +112,16 @@ def test_a_smaller_context_of_the_engine_bounds_the_route(platform: Platform) ->
     platform.rounds(7)
     route = platform.route()
     assert route is not None and route.context_tokens == 128 and route.default_max_tokens <= 128
+
+
+def test_a_template_that_adds_more_than_the_catalog_says_raises_the_bound(platform: Platform, catalog: Catalog) -> None:
+    """And one that adds less does not lower it."""
+    said = catalog.get(MODEL).template_overhead_tokens
+    for version, measured, bound in (("1", said + 100, said + 100), ("2", 1, said), ("3", None, said)):
+        platform.put(version, template_overhead_tokens=measured)
+        platform.rounds(14)
+        route = platform.route()
+        assert route is not None and f"--{version}--" in route.revision and route.template_overhead_tokens == bound
 
 
 def test_a_rollout_moves_the_route_only_when_the_new_one_is_ready(platform: Platform) -> None:
@@ -268,6 +279,18 @@ def test_sleeping_and_waking_reach_the_gateways(platform: Platform) -> None:
     assert awake is not None and awake.state is RouteState.READY and len(awake.endpoints) == 2
 
 
+def test_a_new_replica_reaches_the_gateways_within_a_second(platform: Platform) -> None:
+    """One look at Ray Serve is enough, and looks are so frequent that with what is between them a second is kept."""
+    name = platform.put(autoscaling={"max_replicas": 2}).view.wanted
+    platform.rounds(8)
+    platform.cluster.scale(name, 2)  # just after the last look
+    platform.rounds(1)
+    route = platform.route()
+    assert route is not None and len(route.endpoints) == 2
+    look_s = 0.1  # what Ray takes to answer, at most
+    assert look_s + ControlSettings().reconcile_interval_s + look_s + WATCH_INTERVAL_S <= 0.95
+
+
 def test_undeploying_takes_the_route_at_once_and_the_application_soon(platform: Platform) -> None:
     platform.put()
     platform.rounds(8)
@@ -361,6 +384,25 @@ def test_several_models_share_one_document(platform: Platform) -> None:
     platform.stop()
     platform.rounds(6)
     assert [each.args["deployment"]["model"] for each in platform.cluster.applied[-1]] == ["zen-600m"]
+
+
+def test_two_versions_side_by_side_are_two_names_of_one_base(database: Database, tmp_path: Path) -> None:
+    """Decision 21: the second name is a file in the user's catalog."""
+    (tmp_path / "kept.yaml").write_text(
+        f"name: {MODEL}-2025\nvariant_of: {MODEL}\ndiffers: An earlier version.\nsummary: As of January 2025.\n"
+    )
+    catalog = Catalog.load([tmp_path])
+    platform = Platform(database, catalog)
+    platform.put("new")
+    platform.put("old", model=f"{MODEL}-2025")
+    platform.rounds(8)
+    new, old = platform.route(), platform.route(f"{MODEL}-2025")
+    assert new is not None and old is not None and new.state is old.state is RouteState.READY
+    assert old.upstream_model == f"{MODEL}-2025" and old.price == new.price
+    assert {e.url for e in new.endpoints}.isdisjoint(e.url for e in old.endpoints) and new.engine_key != old.engine_key
+    launches = [ReplicaLaunch.model_validate(each.args) for each in platform.cluster.applied[-1]]
+    prefixes = {launch.deployment.ref().prefix for launch in launches}
+    assert prefixes == {f"zen/{MODEL}/new/safetensors/", f"zen/{MODEL}-2025/old/safetensors/"}
 
 
 def test_one_model_comes_in_the_round_in_which_another_goes(platform: Platform) -> None:

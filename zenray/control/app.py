@@ -39,7 +39,7 @@ from zenray.control.jobs.gauges import JobGauges
 from zenray.control.jobs.reconciler import JobReconciler
 from zenray.spec.clock import Clock, SystemClock
 from zenray.spec.deployments import DeploymentSpec
-from zenray.spec.versions import VersionRef
+from zenray.spec.versions import TEMPLATE_OVERHEAD, Manifest, VersionRef
 from zenray.storage.base import ObjectStore
 from zenray.storage.opening import absolute, open_store
 from zenray.storage.versions import newest, read_manifest
@@ -56,15 +56,20 @@ class StoredVersions:
     def resolve(self, spec: DeploymentSpec) -> DeploymentSpec:
         draft = spec.engine.draft
         if draft is not None and draft.model is not None:
-            exact = draft.model_copy(update={"version": self._version(draft.model, draft.version, draft.format)})
+            of_draft = self._manifest(draft.model, draft.version, draft.format)
+            exact = draft.model_copy(update={"version": of_draft.ref.version})
             spec = spec.model_copy(update={"engine": spec.engine.model_copy(update={"draft": exact})})
-        return spec.model_copy(update={"version": self._version(spec.model, spec.version, spec.format)})
+        manifest = self._manifest(spec.model, spec.version, spec.format)
+        chosen: dict[str, object] = {"version": manifest.ref.version}
+        measured = manifest.metadata.get(TEMPLATE_OVERHEAD)
+        if spec.template_overhead_tokens is None and measured is not None:
+            chosen["template_overhead_tokens"] = int(measured)
+        return spec.model_copy(update=chosen)
 
-    def _version(self, model: str, version: str | None, format: str) -> str:
+    def _manifest(self, model: str, version: str | None, format: str) -> Manifest:
         if version is None:
-            return newest(self.store, model, format).ref.version
-        read_manifest(self.store, VersionRef(model=model, version=version, format=format))
-        return version
+            return newest(self.store, model, format)
+        return read_manifest(self.store, VersionRef(model=model, version=version, format=format))
 
 
 @dataclass(frozen=True)

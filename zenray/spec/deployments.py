@@ -150,6 +150,12 @@ class DeploymentSpec(Document):
         "and are billed up to there.",
     )
 
+    template_overhead_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="Most that the chat template adds to a request; None: as the pull measured it. Never below the "
+        "catalog's.",
+    )
     canary: Canary | None = Field(
         None, description="How this spec takes over from an older revision; None: at once, when it is ready."
     )

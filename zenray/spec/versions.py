@@ -11,6 +11,7 @@ import re
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MANIFEST_NAME = "manifest.json"
+TEMPLATE_OVERHEAD = "template_overhead_tokens"  # in a manifest's metadata: what its chat template adds to a request
 RESERVED_VERSIONS = frozenset({"adapters"})
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
 

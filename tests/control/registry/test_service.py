@@ -17,7 +17,13 @@ from zenray.spec.versions import VersionRef
 from zenray.storage.fake import FakeStore
 
 REPORT = ConversionReport(
-    architecture="LlamaForCausalLM", model_type="llama", dtype="bfloat16", parameters=7, tensors=1, notes=("a note",)
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    dtype="bfloat16",
+    parameters=7,
+    tensors=1,
+    notes=("a note",),
+    template_overhead_tokens=30,
 )
 
 
@@ -65,6 +71,7 @@ def test_a_pull_publishes_and_the_next_does_nothing(
     assert manifest.parents.source == "folder:my-model"
     assert manifest.metadata["architecture"] == "LlamaForCausalLM"
     assert manifest.metadata["parameters"] == "7"
+    assert manifest.metadata["template_overhead_tokens"] == "30"
 
     (checkpoint / "README.md").write_text("changed")
     second = pull(store, "mine", str(checkpoint), cache_dir=tmp_path / "cache")

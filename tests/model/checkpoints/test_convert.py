@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import (
 
 from tests.model.checkpoints.conftest import VOCABULARY, llama_config, save_model, write_gguf
 from zenray.model.checkpoints.convert import convert
+from zenray.model.checkpoints.template import overhead_tokens
 from zenray.model.config import MoDEConfig, RouterConfig, uniform_experts
 from zenray.model.hf import ZenModeConfig, ZenModeForCausalLM
 from zenray.spec.errors import InvalidDocument, InvalidValue, NotFound
@@ -58,6 +60,7 @@ def test_a_folder_keeps_its_model(
     report = convert(source, tmp_path / "made", dtype="float32")
     assert report.model_type == "llama"
     assert report.architecture == "LlamaForCausalLM"
+    assert report.template_overhead_tokens == overhead_tokens(tokenizer)
     assert report.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(source).parameters())
     assert report.context_tokens == 128
     assert report.notes == []
@@ -360,3 +363,25 @@ def test_gguf_that_would_be_another_model_is_refused(
     refused(scaled, tmp_path, "its positions are scaled")
     factors = write_gguf(tmp_path / "c.gguf", folder, tokenizer, extra_tensor="rope_freqs.weight")
     refused(factors, tmp_path, "rope_freqs.weight")
+
+
+@pytest.mark.parametrize(
+    ("template", "added"),
+    [
+        ("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}", 2),
+        ("{% if messages[0]['role'] != 'system' %}<|im_start|>12<|im_end|>{% endif %}", 4),  # a default system prompt
+        ("{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}<|im_start|>", 1),
+        ("<|im_start|>{% if tools %}" + "1" * 200 + "{% endif %}", None),  # a preamble for tools
+    ],
+)
+def test_what_a_template_adds_is_measured(tokenizer: PreTrainedTokenizerFast, template: str, added: int | None) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    found = overhead_tokens(own)
+    assert found is not None and (found == added if added is not None else 1 < found <= 201)
+
+
+def test_without_a_template_there_is_nothing_to_measure(tokenizer: PreTrainedTokenizerFast) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = None
+    assert overhead_tokens(own) is None

@@ -36,9 +36,11 @@ def route_of(
     entry = catalog.get(view.model)
     context_tokens = revision.spec.engine.max_model_len or entry.context_tokens
     canary = _canary_of(view, applications, status)
+    overhead_tokens = max(entry.template_overhead_tokens, revision.spec.template_overhead_tokens or 0)
     trial = view.in_canary()
     if canary is not None and trial is not None:  # a request must fit wherever it may go
         context_tokens = min(context_tokens, trial.spec.engine.max_model_len or entry.context_tokens)
+        overhead_tokens = max(overhead_tokens, trial.spec.template_overhead_tokens or 0)
     return RouteEntry(
         model=view.model,
         created_at=created_at,
@@ -52,7 +54,7 @@ def route_of(
         price=entry.price,
         context_tokens=context_tokens,
         default_max_tokens=min(entry.default_max_tokens, context_tokens),
-        template_overhead_tokens=entry.template_overhead_tokens,
+        template_overhead_tokens=overhead_tokens,
         quantization=_quantization(revision),
         modalities=tuple(entry.modalities),
         canary=canary,

@@ -21,7 +21,7 @@ class VersionSource(Protocol):
     """Where published versions are found. Talks to object storage: call it outside any session."""
 
     def resolve(self, spec: DeploymentSpec) -> DeploymentSpec:
-        """The spec with an exact, published version. NotFound, saying how to get one, if there is none."""
+        """The spec with an exact, published version and what was measured of it. NotFound, saying how to get one."""
 
 
 def put_deployment(session: Session, spec: DeploymentSpec, factory: ApplicationFactory, *, now: float) -> Loaded:

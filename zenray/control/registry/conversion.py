@@ -33,6 +33,7 @@ class ConversionReport(BaseModel):
     parameters: int
     tensors: int
     context_tokens: int | None = None
+    template_overhead_tokens: int | None = None
     notes: tuple[str, ...] = ()
 
 

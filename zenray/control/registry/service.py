@@ -22,7 +22,7 @@ from zenray.control.registry.sources import bring
 from zenray.model.checkpoints import REVISION
 from zenray.model.checkpoints.source import GgufSource, SafetensorsSource, recognise
 from zenray.spec.errors import Conflict, InvalidValue, StorageUnavailable, suggest
-from zenray.spec.versions import Manifest, Parents, VersionRef
+from zenray.spec.versions import TEMPLATE_OVERHEAD, Manifest, Parents, VersionRef
 from zenray.storage import versions as stored
 from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.progress import Counter
@@ -101,6 +101,8 @@ def pull(
         }
         if report.context_tokens:
             metadata["context_tokens"] = str(report.context_tokens)
+        if report.template_overhead_tokens is not None:
+            metadata[TEMPLATE_OVERHEAD] = str(report.template_overhead_tokens)
         manifest = stored.publish(
             store, ref, target, parents=Parents(source=checkpoint.origin), metadata=metadata, progress=progress
         )

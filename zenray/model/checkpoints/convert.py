@@ -15,6 +15,7 @@ from zenray.model.checkpoints.folder import DTYPES, OnConverted, copy_folder
 from zenray.model.checkpoints.gguf import convert_gguf
 from zenray.model.checkpoints.quantized import check_quantized, copy_quantized
 from zenray.model.checkpoints.source import GgufSource, recognise
+from zenray.model.checkpoints.template import overhead_tokens
 from zenray.spec.errors import InvalidDocument, InvalidValue, suggest
 
 PLAIN_FORMAT = "safetensors"
@@ -31,6 +32,7 @@ class Report:
     parameters: int
     tensors: int
     context_tokens: int | None
+    template_overhead_tokens: int | None
     notes: list[str] = field(default_factory=list)
 
 
@@ -84,7 +86,7 @@ def _check_result(folder: Path, dtype: str, format: str, source: Path) -> Report
     else:
         tensors, parameters = check_quantized(folder, format)
     config = load_config(folder, quantized=format != PLAIN_FORMAT)
-    rows = config.get_text_config().vocab_size
+    added_tokens, notes = _check_tokenizer(folder, config.get_text_config().vocab_size, source)
     return Report(
         architecture=(config.architectures or ["unknown"])[0],
         model_type=config.model_type,
@@ -92,11 +94,13 @@ def _check_result(folder: Path, dtype: str, format: str, source: Path) -> Report
         parameters=parameters,
         tensors=len(tensors),
         context_tokens=getattr(config.get_text_config(), "max_position_embeddings", None),
-        notes=_check_tokenizer(folder, rows, source),
+        template_overhead_tokens=added_tokens,
+        notes=notes,
     )
 
 
-def _check_tokenizer(folder: Path, rows: int, source: Path) -> list[str]:
+def _check_tokenizer(folder: Path, rows: int, source: Path) -> tuple[int | None, list[str]]:
+    """What its chat template adds to a request, and notes."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InvalidDocument(f"{source} has no tokenizer.", hint="Copy the model's tokenizer.json there.")
     try:
@@ -110,12 +114,12 @@ def _check_tokenizer(folder: Path, rows: int, source: Path) -> list[str]:
     if not (folder / "tokenizer.json").is_file():
         tokenizer.save_pretrained(folder)  # the one form that every engine reads
     if not tokenizer.chat_template:
-        return ["There is no chat template: the model answers completions, not chats."]
+        return None, ["There is no chat template: the model answers completions, not chats."]
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     except Exception as error:
-        return [f"The chat template fails on a single user message: {error}"]
-    return []
+        return None, [f"The chat template fails on a single user message: {error}"]
+    return overhead_tokens(tokenizer), []
 
 
 def _make_readable(folder: Path) -> None:
