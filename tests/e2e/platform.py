@@ -85,11 +85,12 @@ class TestPlatform:
                 (folder / "script.json").write_text(json.dumps({"tokens": tokens}))
                 publish(store, VersionRef(model=name, version=version), folder)
 
-    def zenray(self, *arguments: str, check: bool = True, timeout_s: float = 400) -> str:
+    def zenray(self, *arguments: str, check: bool = True, timeout_s: float = 400, stdin: str = "") -> str:
         """Run the command as a user would; its output, both streams."""
         done = subprocess.run(
             [sys.executable, "-m", "zenray.cli.main", *arguments],
             env=self._environment,
+            input=stdin,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

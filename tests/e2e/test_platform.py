@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import openai
@@ -70,11 +71,26 @@ def test_an_answer_is_billed_to_the_nano_dollar(platform: TestPlatform) -> None:
     assert json.loads(platform.zenray("usage", "billing", "--json"))[0]["requests"] == 2
 
 
-def test_chat_on_the_command_line(platform: TestPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = platform.customer("talker")
-    monkeypatch.setitem(platform._environment, "ZENRAY_API_KEY", client.api_key)
+def test_status_shows_what_is_deployed(platform: TestPlatform) -> None:
     shown = platform.zenray("status")
     assert REAL in shown and "ready" in shown
+
+
+@pytest.mark.parametrize("model", [SCRIPTED, REAL])
+def test_chat_on_the_command_line(model: str, platform: TestPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question from a pipe, streamed; its count of tokens is what is billed. No temperature: the model's own."""
+    org = f"talker-{model.partition('-')[0]}"
+    client = platform.customer(org)
+    monkeypatch.setitem(platform._environment, "ZENRAY_API_KEY", client.api_key)
+    question = "[[tokens=5]]" if model == SCRIPTED else "Answer with one word: what is the capital of France?"
+    *answer, counts = platform.zenray("chat", model, stdin=question + "\n").splitlines()
+    said = re.fullmatch(r"(\d+) \+ (\d+) tokens, \d+ tokens/s", counts)
+    assert said and "".join(answer).strip()
+    if model == SCRIPTED:
+        assert "\n".join(answer) == ask(client, question, model=SCRIPTED)
+    sql = "SELECT * FROM usage_events WHERE org = ? ORDER BY at"
+    row = wait_until(lambda: platform.rows(sql, org), "the answer is in the ledger", 60)[0]
+    assert (row["input_tokens"], row["output_tokens"]) == (int(said[1]), int(said[2]))
 
 
 def test_a_revoked_key_stops_within_two_seconds(platform: TestPlatform) -> None:
