@@ -103,6 +103,8 @@ def show_result(result: EvaluationResult) -> None:
         show_table(["questions (length-normalised)", "#accuracy", "#by chance", "#asked"], rows)
     if result.tasks:
         show_table(["lm-eval task", "metric", "#value"], [[t.task, t.metric, f"{t.value:.4f}"] for t in result.tasks])
+    if result.attribution is not None:
+        console.print(f"what each expert works on: {result.attribution}", soft_wrap=True)
 
 
 def follow(client: ControlClient, job: str, *, after: int = 0) -> None:

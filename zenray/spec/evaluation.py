@@ -32,6 +32,12 @@ class HarnessTasks(Document):
     most: int | None = Field(None, ge=1, description="Documents of each task, at most; None: all.")
 
 
+class AttributionSettings(Document):
+    """For each expert, the tokens of the held-out text that activate it most strongly, as data and as a page."""
+
+    tokens: int = Field(10_000, ge=1, description="Kept of each expert.")
+
+
 class EvaluateJob(Document):
     """Measure a version: perplexity on held-out text of each domain, accuracy on questions, tasks of lm-eval."""
 
@@ -42,6 +48,9 @@ class EvaluateJob(Document):
         None, description="Its held-out part is read, as a training job would hold it out."
     )
     sequences: int = Field(64, ge=1, description="Of each domain's held-out part, at most.")
+    attribution: AttributionSettings | None = Field(
+        None, description="What each expert works on in that text; `{}` for the blog's 10,000 tokens of each."
+    )
     seed: int = Field(0, description="Which documents are held out: the seed of the training job, for the same ones.")
     choices: tuple[ChoiceQuestions, ...] = ()
     lm_eval: HarnessTasks | None = None
@@ -58,6 +67,8 @@ class EvaluateJob(Document):
             raise ValueError("nothing is asked: write text, choices or lm_eval")
         if self.text is not None and self.text.validation_share == 0:
             raise ValueError("text.validation_share is 0: nothing is held out to measure on")
+        if self.attribution is not None and self.text is None:
+            raise ValueError("attribution is asked for, but there is no text to see experts at work")
         return self
 
 
@@ -101,6 +112,7 @@ class EvaluationResult(BaseModel):
     domains: tuple[DomainResult, ...] = ()
     choices: tuple[ChoiceResult, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
+    attribution: str | None = None  # where the page is; the data lie beside it
 
 
 class PublishJob(Document):

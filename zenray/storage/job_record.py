@@ -41,6 +41,11 @@ def report_key(id: str) -> str:
     return f"jobs/{id}/report.html"
 
 
+def attribution_prefix(id: str) -> str:
+    """What an evaluation says about experts: data, and a page."""
+    return f"jobs/{id}/attribution/"
+
+
 def launch_arguments(id: str, storage: StorageSettings, work_dir: str) -> tuple[str, ...]:
     """For `python -m zenray.training`: run the job that is recorded in the store under this id."""
     endpoint = ("--endpoint-url", storage.endpoint_url) if storage.endpoint_url else ()
