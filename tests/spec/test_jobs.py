@@ -84,6 +84,9 @@ def test_a_job_is_the_same_with_other_workers_and_another_with_another_seed(tmp_
     other = job.model_copy(update={"phases": (upcycle.model_copy(update={"seed": 1}), *job.phases[1:])})
     assert job_id(job) == job_id(load_job(write(tmp_path))) != job_id(other)
     assert job_id(job).startswith("all-")
+    evaluation = job.phases[1]
+    elsewhere = job.model_copy(update={"phases": (upcycle, evaluation.model_copy(update={"gpu": True}), job.phases[2])})
+    assert job_id(elsewhere) == job_id(job)
 
 
 def test_states_that_are_over_are_the_ones_that_can_be_resumed_or_left() -> None:

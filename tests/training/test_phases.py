@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.training.tiny import END, write_text, write_version
-from zenray.spec.errors import Conflict, StorageUnavailable, ZenrayError
+from zenray.spec.errors import Conflict, InvalidValue, StorageUnavailable, ZenrayError
+from zenray.spec.evaluation import EvaluateJob, EvaluationResult
 from zenray.spec.jobs import PipelineJob, job_id
 from zenray.spec.platform import StorageSettings
 from zenray.spec.versions import VersionRef
@@ -21,6 +22,7 @@ from zenray.storage.local import LocalStore
 from zenray.storage.pinning import pin
 from zenray.storage.versions import find_manifest, publish, read_manifest
 from zenray.training import evaluate as evaluation
+from zenray.training import evaluate_task
 from zenray.training.__main__ import main
 from zenray.training.events import EventPlace, EventStream
 from zenray.training.phases import carry_out
@@ -55,7 +57,7 @@ class Place:
         publish(self.store, VersionRef(model="dense", version="v0"), dense)
         self.text = write_text(folder / "text")
 
-    def job(self, **conditions: Any) -> PipelineJob:
+    def job(self, *, gpu: bool = False, **conditions: Any) -> PipelineJob:
         sources = [{"domain": domain, "path": str(path)} for domain, path in self.text.items()]
         data = {"sources": sources, "sequence_tokens": 32, "validation_share": 0.2}
         mode = {"model": "mode", "version": "v1"}
@@ -67,7 +69,7 @@ class Place:
                 "into": mode,
                 "groups": [{"name": "general", "experts": 2}],
             },
-            {"kind": "evaluate", "name": "measure", "version": mode, "text": data, "sequences": 4},
+            {"kind": "evaluate", "name": "measure", "version": mode, "text": data, "sequences": 4, "gpu": gpu},
             {
                 "kind": "publish",
                 "name": "release",
@@ -140,6 +142,26 @@ def test_one_that_was_killed_goes_on_where_it_stood(place: Place, monkeypatch: p
         ("release", "done"),
     ]
     assert find_manifest(place.store, VersionRef(model="mode", version="v1")) == before
+
+
+def test_an_evaluation_on_a_gpu_is_a_task_that_asks_for_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def in_task(job: EvaluateJob, *about: object, **how: Any) -> EvaluationResult:
+        asked.append(how)
+        return EvaluationResult(version="mode@v1/safetensors")
+
+    monkeypatch.setattr(evaluate_task, "evaluate_in_task", in_task)
+    place.run(place.job(gpu=True))
+    assert asked == [{"gpus": 1}]
+
+
+def test_a_gpu_is_not_waited_for_where_none_can_come(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_task, "connect", lambda: None)
+    monkeypatch.setattr(evaluate_task, "can_grow", lambda: False)
+    monkeypatch.setattr(evaluate_task, "machines_of_cluster", lambda: [{"CPU": 2.0}])
+    with pytest.raises(InvalidValue, match="measure is to run on a GPU, and this machine has none"):
+        place.run(place.job(gpu=True))
 
 
 def test_what_is_not_good_enough_is_not_published(place: Place) -> None:

@@ -25,9 +25,12 @@ class ChoiceQuestions(Document):
 
 
 class HarnessTasks(Document):
-    """Tasks of EleutherAI's lm-evaluation-harness: needs the optional package `lm-eval`, and the network for data."""
+    """Tasks of EleutherAI's lm-evaluation-harness: needs the optional package `lm-eval`, and the network for data.
 
-    tasks: tuple[str, ...] = Field(min_length=1)
+    Only tasks of likelihoods. What does not fit into the network's context loses its beginning.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names, or absolute paths of task files in YAML.")
     few_shot: int = Field(0, ge=0)
     most: int | None = Field(None, ge=1, description="Documents of each task, at most; None: all.")
 
@@ -55,6 +58,10 @@ class EvaluateJob(Document):
     choices: tuple[ChoiceQuestions, ...] = ()
     lm_eval: HarnessTasks | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    gpu: bool = Field(
+        False,
+        description="On one GPU, which must have room for the whole network; else on the CPU, where the job runs.",
+    )
 
     @field_validator("name")
     @classmethod

@@ -70,7 +70,7 @@ SCHEMAS: dict[str, type[Job]] = {
     "evaluate": EvaluateJob,
     "pipeline": PipelineJob,
 }
-_NOT_OF_THE_RESULT = frozenset({"workers", "checkpoints", "faults", "tracking"})
+_NOT_OF_THE_RESULT = frozenset({"workers", "gpu", "checkpoints", "faults", "tracking"})
 
 
 def load_job(path: Path) -> Job:

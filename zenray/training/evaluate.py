@@ -1,44 +1,39 @@
 """Measures a published version: perplexity by domain, accuracy on questions with choices, tasks of lm-eval.
 
-T tokens, D hidden, V vocabulary, C choices, S sequence.
+T tokens, D hidden, B sequences of S tokens.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from tokenizers import Tokenizer
 
-from zenray.model.network import MoDE
+from zenray.model.attribution import Attribution
+from zenray.model.distillation import head_loss
 from zenray.spec.errors import InvalidValue, NotFound
-from zenray.spec.evaluation import (
-    ChoiceQuestions,
-    ChoiceResult,
-    DomainResult,
-    EvaluateJob,
-    EvaluationResult,
-    HarnessTasks,
-    TaskResult,
-)
+from zenray.spec.evaluation import ChoiceQuestions, ChoiceResult, DomainResult, EvaluateJob, EvaluationResult
+from zenray.spec.job_events import Result
+from zenray.spec.jobs import job_id
 from zenray.spec.training import TrainingData
 from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.cache import fetch
 from zenray.storage.pinning import pinned
-from zenray.training.data.stream import IGNORED, Batch, PackedDomain, pack
+from zenray.training.attributing import start_attribution, write_attribution
+from zenray.training.data.stream import PackedDomain, pack
 from zenray.training.data.tokens import prepare
-from zenray.training.loss import head_loss, hidden_states
+from zenray.training.events import EventStream, ProgressEvents
+from zenray.training.harness import ask_tasks, check_tasks
+from zenray.training.loss import hidden_states
 from zenray.training.networks import Checkpoint
+from zenray.training.subject import Subject
 
 _SEQUENCES_AT_ONCE = 4
-_PADDING = 0  # any token: nothing is computed from it
 
 
 class Question(BaseModel):
@@ -57,66 +52,37 @@ class Question(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: a network in evaluation mode, and its tokenizer."""
-
-    model: MoDE
-    tokenizer: Tokenizer
-    end_token: int
-    most_tokens: int
-
-    @torch.no_grad()
-    def log_likelihoods(
-        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> list[tuple[float, bool]]:
-        """Of each continuation's tokens after the context, summed, and whether each was the likeliest token.
-
-        InvalidValue for what is longer than the network's context.
-        """
-        longest = len(context) + max(len(one) for one in continuations)
-        if longest - 1 > self.most_tokens:
-            raise InvalidValue(f"{longest:,} tokens do not fit into a context of {self.most_tokens:,}.")
-        batch = _rows([[*context, *one] for one in continuations], len(context))
-        h_TD, _ = hidden_states(self.model, batch)
-        h_CSD = h_TD.unflatten(0, batch.ids_BS.shape)
-        found = []
-        for row, labels_S in zip(h_CSD, batch.labels_BS, strict=True):
-            counted = labels_S != IGNORED
-            log_p_TV = F.linear(row[counted], self.model.lm_head.weight).float().log_softmax(dim=-1)
-            targets_T = labels_S[counted]
-            of_tokens = log_p_TV.gather(1, targets_T[:, None])
-            found.append((float(of_tokens.double().sum()), bool((log_p_TV.argmax(dim=-1) == targets_T).all())))
-        return found
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-
 def evaluate(
-    job: EvaluateJob, store: ObjectStore, work_dir: Path, *, progress: Progress | None = None
+    job: EvaluateJob, store: ObjectStore, work_dir: Path, tell: EventStream, *, device: torch.device | None = None
 ) -> EvaluationResult:
-    """Ask everything that the job asks, in this process. Blocks.
+    """Ask everything that the job asks, in this process, on the CPU unless `device` is given. Blocks.
 
-    NotFound for an unknown version or file; InvalidValue for questions that cannot be read, and for lm-eval where it is
-    not installed, before anything is downloaded.
+    `tell` has what was found before the tasks of lm-eval are asked, which may still fail. NotFound for an unknown
+    version, file or task; InvalidValue for questions and tasks that cannot be asked, before anything is measured.
     """
     questions = {asked.name: read_questions(asked) for asked in job.choices}
-    if job.lm_eval is not None and importlib.util.find_spec("lm_eval") is None:
-        raise InvalidValue(
-            "This job asks for lm_eval, which is not installed.",
-            hint="pip install 'zenray[evaluation]', or take `lm_eval` out of the job.",
-        )
+    if job.lm_eval is not None:
+        check_tasks(job.lm_eval)
+    progress = ProgressEvents(tell)
     ref = pinned(job.version, store)
     checkpoint = Checkpoint.open(fetch(store, ref, work_dir / "versions", progress=progress))
-    model = checkpoint.network(getattr(torch, job.dtype)).eval().requires_grad_(False)
-    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
-    subject = Subject(model, tokenizer, checkpoint.end_token, model.config.max_position_embeddings)
+    subject = Subject.open(checkpoint, getattr(torch, job.dtype), device or torch.device("cpu"))
+    quizzes = {name: [Asked.of(one, subject) for one in asked] for name, asked in questions.items()}
     torch.set_flush_denormal(True)
-    domains = tuple(_text(job, job.text, checkpoint, model, work_dir, progress)) if job.text is not None else ()
-    choices = tuple(_choices(name, asked, subject, progress) for name, asked in questions.items())
-    tasks = _harness(job.lm_eval, subject) if job.lm_eval is not None else ()
-    return EvaluationResult(version=str(ref), domains=domains, choices=choices, tasks=tasks)
+    watched = start_attribution(subject.model, str(ref), job.attribution.tokens) if job.attribution else None
+    domains: tuple[DomainResult, ...] = ()
+    if job.text is not None:
+        domains = tuple(_text(job, job.text, checkpoint, subject, work_dir, progress, watched))
+    page = write_attribution(watched, subject.tokenizer, store, job_id(job)) if watched else None
+    choices = tuple(_choices(name, asked, subject, progress) for name, asked in quizzes.items())
+    found = EvaluationResult(version=str(ref), domains=domains, choices=choices, attribution=page)
+    if domains or choices:
+        tell(Result(data=found.model_dump(mode="json")))
+    if job.lm_eval is not None:
+        tasks = EvaluationResult(version=str(ref), tasks=ask_tasks(job.lm_eval, subject))
+        tell(Result(data=tasks.model_dump(mode="json")))
+        found = found.model_copy(update={"tasks": tasks.tasks})
+    return found
 
 
 def read_questions(asked: ChoiceQuestions) -> list[Question]:
@@ -142,7 +108,13 @@ def read_questions(asked: ChoiceQuestions) -> list[Question]:
 
 @torch.no_grad()
 def _text(
-    job: EvaluateJob, data: TrainingData, checkpoint: Checkpoint, model: MoDE, work_dir: Path, progress: Progress | None
+    job: EvaluateJob,
+    data: TrainingData,
+    checkpoint: Checkpoint,
+    subject: Subject,
+    work_dir: Path,
+    progress: Progress,
+    watched: Attribution | None,
 ) -> Iterator[DomainResult]:
     tokens = prepare(data, checkpoint.tokenizer_file, checkpoint.end_token, job.seed, work_dir / "tokens")
     for domain in tokens.domains:
@@ -150,99 +122,61 @@ def _text(
         count = min(packed.num_sequences, job.sequences)
         loss, targets = 0.0, 0
         for first in range(0, count, _SEQUENCES_AT_ONCE):
-            batch = pack([packed.at(index) for index in range(first, min(first + _SEQUENCES_AT_ONCE, count))])
-            h_TD, _ = hidden_states(model, batch)
-            loss += float(head_loss(h_TD, model.lm_head.weight, batch.labels_BS.flatten()).lm)
+            last = min(first + _SEQUENCES_AT_ONCE, count)
+            batch = pack([packed.at(index) for index in range(first, last)])
             targets += batch.num_targets
-            if progress:
-                progress(f"perplexity of {domain}", min(first + _SEQUENCES_AT_ONCE, count), count)
+            batch = batch.to(subject.device)
+            with watched.watch(batch.ids_BS) if watched else nullcontext():
+                h_TD, _ = hidden_states(subject.model, batch)
+            loss += float(head_loss(h_TD, subject.model.lm_head.weight, batch.labels_BS.flatten()).lm)
+            progress(f"perplexity of {domain}", last, count)
         mean = loss / max(targets, 1)
         yield DomainResult(domain=domain, loss=mean, perplexity=math.exp(mean), tokens=targets)
 
 
-def _choices(name: str, questions: list[Question], subject: Subject, progress: Progress | None) -> ChoiceResult:
+@dataclass(frozen=True)
+class Asked:
+    """A question in tokens. A space stands between question and choice."""
+
+    question: list[int]
+    choices: list[list[int]]
+    answer: int
+
+    @classmethod
+    def of(cls, asked: Question, subject: Subject) -> Asked:
+        """InvalidValue for what the network cannot be asked."""
+        gap = "" if asked.question[-1].isspace() else " "
+        question, choices = subject.encode(asked.question), [subject.encode(gap + choice) for choice in asked.choices]
+        if not all(choices):
+            raise InvalidValue(f"A choice of {asked.question[:60]!r} is empty.")
+        longest = len(question) + max(len(choice) for choice in choices) - 1
+        if longest > subject.most_tokens:
+            raise InvalidValue(
+                f"{asked.question[:60]!r} and a choice are {longest:,} tokens; the network's context is "
+                f"{subject.most_tokens:,}."
+            )
+        return cls(question, choices, asked.answer)
+
+
+def _choices(name: str, quiz: list[Asked], subject: Subject, progress: Progress) -> ChoiceResult:
     """The choice with the highest log-likelihood per token is the answer; among equals the first."""
     right = 0
-    for number, asked in enumerate(questions, 1):
+    for number, asked in enumerate(quiz, 1):
         right += choose(asked, subject) == asked.answer
-        if progress:
-            progress(f"questions of {name}", number, len(questions))
-    count = len(questions)
+        progress(f"questions of {name}", number, len(quiz))
+    count = len(quiz)
     accuracy = right / count
     return ChoiceResult(
         name=name,
         questions=count,
         accuracy=accuracy,
         standard_error=math.sqrt(accuracy * (1 - accuracy) / count),
-        by_chance=sum(1 / len(asked.choices) for asked in questions) / count,
+        by_chance=sum(1 / len(asked.choices) for asked in quiz) / count,
     )
 
 
-def choose(asked: Question, subject: Subject) -> int:
-    """The number of the choice that the network prefers. A space stands between question and choice."""
-    gap = "" if asked.question[-1].isspace() else " "
-    choices = [subject.encode(gap + choice) for choice in asked.choices]
-    if not all(choices):
-        raise InvalidValue(f"A choice of {asked.question[:60]!r} is empty.")
-    scores = [
-        total / len(tokens)
-        for (total, _), tokens in zip(
-            subject.log_likelihoods(subject.encode(asked.question), choices), choices, strict=True
-        )
-    ]
+def choose(asked: Asked, subject: Subject) -> int:
+    """The number of the choice that the network prefers."""
+    found = subject.log_likelihoods(asked.question, asked.choices)
+    scores = [total / len(tokens) for (total, _), tokens in zip(found, asked.choices, strict=True)]
     return scores.index(max(scores))
-
-
-def _rows(rows: Sequence[Sequence[int]], given: int) -> Batch:
-    """Sequences side by side, padded on the right; their targets are the tokens after the first `given`."""
-    S = max(len(row) for row in rows) - 1
-    ids_BS = torch.full((len(rows), S), _PADDING)
-    labels_BS = torch.full((len(rows), S), IGNORED)
-    for place, row in enumerate(rows):
-        ids_BS[place, : len(row) - 1] = torch.tensor(row[:-1])
-        labels_BS[place, given - 1 : len(row) - 1] = torch.tensor(row[given:])
-    # Padding comes last, and nothing looks ahead: it need not be told apart.
-    return Batch(ids_BS, labels_BS, torch.arange(S).expand(len(rows), S), torch.zeros_like(ids_BS))
-
-
-def _harness(wanted: HarnessTasks, subject: Subject) -> tuple[TaskResult, ...]:
-    """lm-evaluation-harness over our network. NotFound for a task that it does not have."""
-    import lm_eval
-    from lm_eval.api.model import LM
-
-    class Adapter(LM):
-        """What the harness asks of a model; each request's `args` are its arguments."""
-
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return [self._one(*request.args) for request in requests]
-
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return [rolling(subject, request.args[0]) for request in requests]
-
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            raise InvalidValue("A task of this job lets the model write; here only likelihoods are measured.")
-
-        def _one(self, context: str, continuation: str) -> tuple[float, bool]:
-            before = subject.encode(context) or [subject.end_token]
-            return subject.log_likelihoods(before, [subject.encode(continuation)])[0]
-
-    found = lm_eval.simple_evaluate(
-        model=Adapter(), tasks=list(wanted.tasks), num_fewshot=wanted.few_shot, limit=wanted.most
-    )
-    return tuple(
-        TaskResult(task=task, metric=metric, value=float(value))
-        for task, metrics in found["results"].items()
-        for metric, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    )
-
-
-def rolling(subject: Subject, text: str) -> float:
-    """Log-likelihood of a whole text after the end token, in windows that fill the context."""
-    tokens = subject.encode(text)
-    total, before = 0.0, [subject.end_token]
-    for start in range(0, len(tokens), subject.most_tokens):
-        part = tokens[start : start + subject.most_tokens]
-        total += subject.log_likelihoods(before, [part])[0][0]
-        before = part[-1:]
-    return total

@@ -9,7 +9,7 @@ from pathlib import Path
 from zenray.spec.documents import Document
 from zenray.spec.errors import Conflict, InvalidValue, ZenrayError
 from zenray.spec.evaluation import EvaluateJob, EvaluationResult, PublishJob
-from zenray.spec.job_events import Phase, Published, Result, Started
+from zenray.spec.job_events import Phase, Published, Started
 from zenray.spec.jobs import PhaseJob, PipelineJob, job_id
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import DistillJob, PretrainJob
@@ -44,7 +44,7 @@ def carry_out(job: Document, storage: StorageSettings, work_dir: Path, tell: Eve
 
         made = [train(job, storage, work_dir, progress=ProgressEvents(tell), events=tell.place)]
     elif isinstance(job, EvaluateJob):
-        _evaluate(job, store, work_dir, tell)
+        _evaluate(job, storage, store, work_dir, tell)
     elif isinstance(job, PublishJob):
         made = [_publish(job, store, work_dir, tell)]
     else:
@@ -110,13 +110,19 @@ def _upcycle(job: UpcycleJob, store: ObjectStore, work_dir: Path, tell: EventStr
     return run(job, store, work_dir, run=job_id(job), progress=ProgressEvents(tell))
 
 
-def _evaluate(job: EvaluateJob, store: ObjectStore, work_dir: Path, tell: EventStream) -> None:
-    from zenray.training.evaluate import evaluate  # imports torch
-
+def _evaluate(
+    job: EvaluateJob, storage: StorageSettings, store: ObjectStore, work_dir: Path, tell: EventStream
+) -> None:
     job = pin(job, store)
-    result = evaluate(job, store, work_dir, progress=ProgressEvents(tell))
+    if job.gpu:
+        from zenray.training.evaluate_task import evaluate_in_task  # imports Ray and torch
+
+        result = evaluate_in_task(job, storage, work_dir, tell.place, gpus=1)
+    else:
+        from zenray.training.evaluate import evaluate  # imports torch
+
+        result = evaluate(job, store, work_dir, tell)
     write_result(store, job_id(job), result)
-    tell(Result(data=result.model_dump(mode="json")))
 
 
 def _publish(job: PublishJob, store: ObjectStore, work_dir: Path, tell: EventStream) -> Manifest:
