@@ -267,12 +267,12 @@ def _rollout_note(
         return f"{wanted.name} is a canary with {share}, {serving.name} has the rest"
     if wanted.phase is Phase.FAILED:
         return f"{wanted.name} failed, {serving.name} goes on serving: {wanted.message}"
+    said = f": {app.message}" if app and app.message else ""
     if wanted.phase is Phase.FILLING and app is not None:
         return (
             f"{wanted.name} has {len(app.replica_urls)} replicas and waits for the others, {FILL_WAIT_S / 60:.0f} "
-            f"minutes at most; {serving.name} serves until then"
+            f"minutes at most; {serving.name} serves until then{said}"
         )
-    said = f": {app.message}" if app and app.message else ""
     return f"{wanted.name} is starting, {serving.name} serves until it is ready{said}"
 
 
