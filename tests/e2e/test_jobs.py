@@ -1,4 +1,5 @@
-"""`zenray run` on the platform with a real model: upcycled, distilled for a few steps by two workers, and published."""
+"""`zenray run` on the platform with a real model: upcycled, distilled for a few steps by two workers, published; then
+`zenray deploy`, and a question."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.platform import TestPlatform, wait_until
+from tests.e2e.test_make import QUESTION, answer_of
+from tests.e2e.test_platform import reference_text
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]  # the platform itself may start within it
 JOB = Path(__file__).parents[2] / "jobs" / "mode-smollm2-short.yaml"
 
 
@@ -34,3 +37,6 @@ def test_a_mixture_is_made_of_a_real_model_while_control_is_killed(platform: Tes
     assert (row["state"], row["attempt"]) == ("succeeded", 1)
     assert "short-distilled" in platform.zenray("models", "versions", "smollm2-mode")
     assert "step 5" in platform.zenray("jobs", "logs", "mode-smollm2-short")
+
+    answer = answer_of(platform, "maker-in-short", version="short-distilled")
+    assert answer and answer == reference_text(platform, QUESTION, 32, model="smollm2-mode")

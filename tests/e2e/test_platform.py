@@ -22,19 +22,23 @@ def ask(client: openai.OpenAI, content: str, *, model: str = REAL, **options: ob
     return answer.choices[0].message.content or ""
 
 
-def reference_text(platform: TestPlatform, question: str, max_tokens: int) -> str:
-    """Greedy text of `transformers` itself on the published weights, in float32."""
+def reference_text(platform: TestPlatform, question: str, max_tokens: int, *, model: str = REAL) -> str:
+    """Greedy text of `transformers` itself on the deployed weights, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = next((platform.home.cache / "weights").rglob("config.json")).parent
+    from zenray.model.hf import register
+
+    register()
+    (config,) = (platform.home.cache / "weights" / model).rglob("config.json")
+    folder = config.parent
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
-        out = model.generate(**prompt, max_new_tokens=max_tokens, do_sample=False)
+        out = network.generate(**prompt, max_new_tokens=max_tokens, do_sample=False)
     return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
