@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-from zenray.model.config import RouterConfig
+from zenray.model.config import MoDEConfig, RouterConfig
 from zenray.model.hf import register
 from zenray.model.upcycling.drop import FeedForwardWeights, drop, seeded
 from zenray.model.upcycling.partition import (
@@ -21,7 +21,7 @@ from zenray.model.upcycling.partition import (
 )
 from zenray.model.upcycling.recipe import GroupRecipe, UpcyclingRecipe, select_layers
 from zenray.model.upcycling.source import DenseSource, dense_config
-from zenray.model.upcycling.upcycle import upcycle
+from zenray.model.upcycling.upcycle import make_layer, single_threads, upcycle
 from zenray.spec.errors import InvalidDocument, InvalidValue
 
 pytestmark = pytest.mark.parity
@@ -249,6 +249,29 @@ def test_the_seed_fixes_every_byte_and_the_layers_chosen_do_not_matter(llama_fol
     both, one = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "d" / "model.safetensors")
     name = "model.layers.3.mlp.experts.gate_up_proj"
     assert torch.equal(both[name], one[name])
+
+
+@pytest.mark.parametrize("mode", ["joint", "kmeans"])
+def test_a_machine_with_more_cores_makes_the_same_bytes(mode):
+    """A sum's last bit depends on how many threads share it, and so would what is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    dense = FeedForwardWeights(
+        *(torch.randn(shape, generator=generator) for shape in ((768, 128),) * 2 + ((128, 768),))
+    )
+    rates = (0.5, 0.5) if mode == "joint" else (0.0, 0.0)
+    asked = recipe(rates, mode=mode, router_init="normal" if mode == "joint" else "centroid")
+    shape = MoDEConfig(64, 128, 768, 4, 4, 2, 32)
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with single_threads() as pool:
+                assert pool.submit(torch.get_num_threads).result() == 1
+                made.append(make_layer(dense, 1, asked, asked.config(shape), pool))
+    finally:
+        torch.set_num_threads(threads)
+    for other in made[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in made[0].items())
 
 
 def test_sharded_in_and_sharded_out(qwen3_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Dense checkpoint folder in, MoDE checkpoint folder out: layer by layer, in the memory of one layer.
 
-Everything outside the chosen FFNs is copied byte for byte. What is drawn depends on (seed, layer, expert) alone.
+Everything outside the chosen FFNs is copied byte for byte. What is drawn depends on (seed, layer, expert) alone: not on
+the machine either, so each expert is made by one thread (a sum's last bit depends on how many share it), two at once.
 
 D hidden, E experts, I width of an expert.
 """
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -56,9 +58,9 @@ def upcycle(
     config = recipe.config(dense.config)
     plans = list(_plans(dense, config))
     total = sum(plan.size_bytes for plan in plans)
-    with TensorWriter(output, plans, shard_bytes=shard_bytes) as writer:
+    with TensorWriter(output, plans, shard_bytes=shard_bytes) as writer, single_threads() as pool:
         done = 0
-        for name, tensor in _tensors(dense, config, recipe):
+        for name, tensor in _tensors(dense, config, recipe, pool):
             writer.write(name, tensor)
             done += tensor.nbytes
             del tensor  # not held while the next is made
@@ -95,7 +97,14 @@ def _sparse_plans(config: MoDEConfig, layer: int, dtype: torch.dtype) -> Iterato
         yield TensorPlan(f"model.layers.{layer}.mlp.{name}", tuple(tensor.shape), kept)
 
 
-def _tensors(dense: DenseSource, config: MoDEConfig, recipe: UpcyclingRecipe) -> Iterator[tuple[str, Tensor]]:
+def single_threads() -> ThreadPoolExecutor:
+    """Two threads, in each of which torch computes on that one alone."""
+    return ThreadPoolExecutor(2, "upcycling", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _tensors(
+    dense: DenseSource, config: MoDEConfig, recipe: UpcyclingRecipe, pool: Executor
+) -> Iterator[tuple[str, Tensor]]:
     for name in dense.outer_names():
         yield name, dense.read(name)
     for layer in range(config.num_hidden_layers):
@@ -105,14 +114,14 @@ def _tensors(dense: DenseSource, config: MoDEConfig, recipe: UpcyclingRecipe) ->
             for plan in dense.feed_forward_plans(layer):
                 yield plan.name, dense.read(plan.name)
         else:
-            yield from _sparse_tensors(dense, layer, config, recipe)
+            yield from _sparse_tensors(dense, layer, config, recipe, pool)
 
 
 def _sparse_tensors(
-    dense: DenseSource, layer: int, config: MoDEConfig, recipe: UpcyclingRecipe
+    dense: DenseSource, layer: int, config: MoDEConfig, recipe: UpcyclingRecipe, pool: Executor
 ) -> Iterator[tuple[str, Tensor]]:
     """In a function of its own, so that a layer's experts are let go before the next one's are made."""
-    made = make_layer(dense.feed_forward(layer), layer, recipe, config)
+    made = make_layer(dense.feed_forward(layer), layer, recipe, config, pool)
     for plan in _sparse_plans(config, layer, made["gate.weight"].dtype):
         name = plan.name.removeprefix(f"model.layers.{layer}.mlp.")
         # What is not made has learnt nothing yet: thresholds, biases, the shared expert's gate.
@@ -120,13 +129,15 @@ def _sparse_tensors(
     assert not made, f"the network has no {', '.join(made)}"
 
 
-def make_layer(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig) -> dict[str, Tensor]:
+def make_layer(
+    ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig, pool: Executor
+) -> dict[str, Tensor]:
     """What takes the place of one dense FFN: weights by their names in zenray.model.feed_forward.MixtureOfExperts.
 
-    Depends on (seed, layer) and the weights alone. `config` is the recipe's.
+    Depends on (seed, layer) and the weights alone. `config` is the recipe's, `pool` one of `single_threads`.
     """
-    router, experts = _router_and_experts(ffn, layer, recipe, config)
-    made = {"gate.weight": router.to(ffn.gate_ID.dtype), **_fused(experts, config)}
+    router, make_expert = pool.submit(_router_and_experts, ffn, layer, recipe, config).result()
+    made = {"gate.weight": router.to(ffn.gate_ID.dtype), **_fused(make_expert, ffn.gate_ID.dtype, config, pool)}
     if recipe.shared_expert_width:
         generator = seeded(recipe.seed, "layer", layer, "shared")
         shared = some_neurons(ffn, recipe.shared_expert_width, generator)
@@ -137,12 +148,12 @@ def make_layer(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, con
 
 def _router_and_experts(
     ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig
-) -> tuple[Tensor, Iterable[FeedForwardWeights]]:
-    """The router (E, D) in float32, and the experts, which are made as they are taken."""
+) -> tuple[Tensor, Callable[[int], FeedForwardWeights]]:
+    """The router (E, D) in float32, and what makes the expert of a number."""
     count = len(recipe.drop_rates)
     if recipe.mode not in PARTITIONS:
         router = new_router(count, config.hidden_size, layer, recipe).repeat_interleave(recipe.granularity, dim=0)
-        return router, _copies(ffn, layer, recipe, config)
+        return router, partial(_copy, ffn, layer, recipe, config)
     generator = seeded(recipe.seed, "layer", layer, "partition")
     if recipe.mode == "kmeans":
         expert_I = balanced_kmeans(neuron_features(ffn), count, generator)
@@ -152,34 +163,42 @@ def _router_and_experts(
         router = centroid_router(ffn, expert_I, count, recipe.router_std)
     else:
         router = new_router(count, config.hidden_size, layer, recipe)
-    return router, cut(ffn, expert_I, count)
+    return router, cut(ffn, expert_I, count).__getitem__
 
 
-def _copies(
-    ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig
-) -> Iterator[FeedForwardWeights]:
-    """Copy after copy of the FFN, each in `granularity` shards of consecutive neurons, with its share drawn anew."""
+def _copy(
+    ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig, expert: int
+) -> FeedForwardWeights:
+    """A copy of the FFN, or one of its `granularity` shards of consecutive neurons, with its share drawn anew."""
     parts = recipe.granularity
-    shards = list(zip(ffn.gate_ID.chunk(parts), ffn.up_ID.chunk(parts), ffn.down_DI.chunk(parts, dim=1), strict=True))
-    for copy, rate in enumerate(recipe.drop_rates):
-        for shard, (gate_ID, up_ID, down_DI) in enumerate(shards):
-            generator = seeded(recipe.seed, "layer", layer, "expert", copy, "shard", shard)
-            whole = FeedForwardWeights(gate_ID, up_ID, down_DI * parts if parts > 1 else down_DI)
-            made = drop(whole, cast(DropMode, recipe.mode), rate, generator)  # partitions do not copy
-            yield widen(made, config.expert_widths[copy * parts + shard], generator)
+    copy, shard = divmod(expert, parts)
+    gate_ID, up_ID = ffn.gate_ID.chunk(parts)[shard], ffn.up_ID.chunk(parts)[shard]
+    down_DI = ffn.down_DI.chunk(parts, dim=1)[shard]
+    generator = seeded(recipe.seed, "layer", layer, "expert", copy, "shard", shard)
+    whole = FeedForwardWeights(gate_ID, up_ID, down_DI * parts if parts > 1 else down_DI)
+    made = drop(whole, cast(DropMode, recipe.mode), recipe.drop_rates[copy], generator)  # partitions do not copy
+    return widen(made, config.expert_widths[expert], generator)
 
 
-def _fused(experts: Iterable[FeedForwardWeights], config: MoDEConfig) -> dict[str, Tensor]:
+def _fused(
+    make_expert: Callable[[int], FeedForwardWeights], dtype: torch.dtype, config: MoDEConfig, pool: Executor
+) -> dict[str, Tensor]:
     """The weights of the banks, named as zenray.model.experts names them: gate_up (E, 2I, D), gate rows first; down."""
-    banks, made = runs(config.expert_widths), {}
-    taken = iter(experts)
+    banks, hidden, made = runs(config.expert_widths), config.hidden_size, {}
+    places: list[tuple[Tensor, Tensor]] = []
     for bank, (width, count) in enumerate(banks):
         stem = "experts." if len(banks) == 1 else f"experts.banks.{bank}."
-        for index, (gate_ID, up_ID, down_DI) in enumerate(islice(taken, count)):
-            if index == 0:
-                made[f"{stem}gate_up_proj"] = gate_up = gate_ID.new_empty(count, 2 * width, config.hidden_size)
-                made[f"{stem}down_proj"] = down = down_DI.new_empty(count, config.hidden_size, width)
-            gate_up[index, :width], gate_up[index, width:], down[index] = gate_ID, up_ID, down_DI
+        made[f"{stem}gate_up_proj"] = gate_up = torch.empty(count, 2 * width, hidden, dtype=dtype)
+        made[f"{stem}down_proj"] = down = torch.empty(count, hidden, width, dtype=dtype)
+        places += zip(gate_up, down, strict=True)
+
+    def fill(expert: int) -> None:
+        gate_ID, up_ID, down_DI = make_expert(expert)
+        gate_up, down = places[expert]
+        torch.cat([gate_ID, up_ID], out=gate_up)
+        down.copy_(down_DI)
+
+    list(pool.map(fill, range(len(places))))
     return made
 
 
