@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -118,12 +118,20 @@ class TestPlatform:
         return client
 
     def kill(self, part: str) -> None:
-        """kill -9 of a part's main process and its children, as an out-of-memory killer would."""
-        pid = next(p.pid for p in self.home.running().parts if p.name == part)
-        if pid is not None and psutil.pid_exists(pid):
-            for child in psutil.Process(pid).children(recursive=True):
+        """kill -9 of a part's main process and its children, as an out-of-memory killer would, once it runs."""
+        process = wait_until(lambda: self._running(part), f"{part} runs", 60)
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-            os.kill(pid, signal.SIGKILL)
+        process.kill()
+
+    def _running(self, part: str) -> psutil.Process | None:
+        pid = next(p.pid for p in self.home.running().parts if p.name == part)
+        try:
+            process = None if pid is None else psutil.Process(pid)
+            return process if process and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
 
     def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         """Rows of control's database, read beside it."""
@@ -166,7 +174,7 @@ def _knows(client: openai.OpenAI) -> bool:
     return True
 
 
-def charge_of(price: str, input_tokens: int, output_tokens: int) -> int:
+def charge_of(price: str, input_tokens: int, cached_input_tokens: int, output_tokens: int) -> int:
     """The cost in nano-dollars by the price of an event, computed here anew with whole numbers."""
     given = json.loads(price)
 
@@ -179,4 +187,8 @@ def charge_of(price: str, input_tokens: int, output_tokens: int) -> int:
             quotient += 1
         return quotient
 
-    return leg(input_tokens, given["input_usd_per_1k"]) + leg(output_tokens, given["output_usd_per_1k"])
+    return (
+        leg(input_tokens - cached_input_tokens, given["input_usd_per_1k"])
+        + leg(cached_input_tokens, given["cached_input_usd_per_1k"])
+        + leg(output_tokens, given["output_usd_per_1k"])
+    )

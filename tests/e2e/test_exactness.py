@@ -25,7 +25,7 @@ class Load:
     requests: int
     cuts: int
     workers: int
-    kills: tuple[tuple[float, str], ...]  # seconds after the start, part
+    kills: tuple[tuple[int, str], ...]  # after how many finished requests, part
     prompt: Callable[[random.Random], str]
 
 
@@ -34,7 +34,8 @@ def storm(platform: TestPlatform, client: openai.OpenAI, load: Load, seed: int) 
     rng = random.Random(seed)
     cut = set(rng.sample(range(load.requests), load.cuts))
     plans = [(load.prompt(rng), rng.randint(1, 12) if n in cut else None) for n in range(load.requests)]
-    over = threading.Event()
+    progress = threading.Condition()
+    finished = 0
 
     def one(plan: tuple[str, int | None]) -> None:
         prompt, cut_after = plan
@@ -60,21 +61,26 @@ def storm(platform: TestPlatform, client: openai.OpenAI, load: Load, seed: int) 
             return
         raise AssertionError("a request was refused for 20 s")
 
-    def killer() -> None:
-        began_s = time.monotonic()
-        for at_s, part in load.kills:
-            if over.wait(max(0.0, at_s - (time.monotonic() - began_s))):
-                return
-            platform.kill(part)
+    def counted(plan: tuple[str, int | None]) -> None:
+        nonlocal finished
+        try:
+            one(plan)
+        finally:
+            with progress:
+                finished += 1
+                progress.notify_all()
 
-    thread = threading.Thread(target=killer)
-    thread.start()
-    try:
-        with ThreadPoolExecutor(load.workers) as pool:
-            list(pool.map(one, plans))
-    finally:
-        over.set()
-        thread.join()
+    def kill_all() -> None:
+        for after, part in load.kills:
+            with progress:
+                while finished < after:
+                    progress.wait()
+            platform.kill(part)  # fails if there is none to kill
+
+    with ThreadPoolExecutor(load.workers) as pool, ThreadPoolExecutor(1) as killer:
+        killed = killer.submit(kill_all)
+        list(pool.map(counted, plans))
+        killed.result()
 
 
 def check_books(platform: TestPlatform, org: str, least_requests: int) -> dict[str, int]:
@@ -107,9 +113,8 @@ def check_books(platform: TestPlatform, org: str, least_requests: int) -> dict[s
     assert billable <= set(by_request), "every request that the gateway read tokens of is billed"
 
     for event in events:
-        if not event["cached_input_tokens"]:
-            expected = charge_of(str(event["price"]), int(str(event["input_tokens"])), int(str(event["output_tokens"])))
-            assert event["cost_nano_usd"] == expected
+        tokens = [int(str(event[name])) for name in ("input_tokens", "cached_input_tokens", "output_tokens")]
+        assert event["cost_nano_usd"] == charge_of(str(event["price"]), *tokens)
     spent = platform.rows(
         "SELECT sum(amount_nano_usd) AS s FROM ledger_entries WHERE org = ? AND amount_nano_usd < 0", org
     )
@@ -124,7 +129,6 @@ def _requests_of(platform: TestPlatform, org: str, tap: dict[str, list[tuple[int
 
 
 def _healthy(platform: TestPlatform) -> bool:
-
     running = platform.home.running()
     try:
         return all(
@@ -138,9 +142,8 @@ def _healthy(platform: TestPlatform) -> bool:
 def test_two_hundred_requests_fifty_cut_and_every_part_killed(platform: TestPlatform) -> None:
     client = platform.customer("storm")
     rng = random.Random(7)
-    kills = tuple(
-        sorted((rng.uniform(1, 14), part) for part in ("gateway", "control", "gateway", "control", "gateway"))
-    )
+    after = sorted(rng.sample(range(10, 190), 5))
+    kills = tuple(zip(after, ("gateway", "control", "gateway", "control", "gateway"), strict=True))
     load = Load(
         SCRIPTED,
         requests=200,
@@ -151,6 +154,7 @@ def test_two_hundred_requests_fifty_cut_and_every_part_killed(platform: TestPlat
     )
     storm(platform, client, load, seed=11)
     in_flight = check_books(platform, "storm", load.requests)
+    assert in_flight, "a kill of the gateway hit requests"
     print(f"interrupted: {len(in_flight)}, tokens in flight at the kills: {sum(in_flight.values())}")
 
 
@@ -161,8 +165,8 @@ def test_the_same_with_a_real_engine(platform: TestPlatform) -> None:
         requests=16,
         cuts=5,
         workers=4,
-        kills=((1.5, "gateway"), (4.0, "control")),
+        kills=((3, "gateway"), (8, "control")),
         prompt=lambda r: f"Count from {r.randint(1, 50)} upwards.",
     )
     storm(platform, client, load, seed=5)
-    check_books(platform, "realstorm", load.requests)
+    assert check_books(platform, "realstorm", load.requests), "the kill of the gateway hit requests"

@@ -68,8 +68,11 @@ def test_an_answer_is_billed_to_the_nano_dollar(platform: TestPlatform) -> None:
     for row, usage in zip(rows, usages, strict=True):
         assert usage is not None
         assert (row["input_tokens"], row["output_tokens"]) == (usage.prompt_tokens, usage.completion_tokens)
-        if not row["cached_input_tokens"]:
-            assert row["cost_nano_usd"] == charge_of(row["price"], usage.prompt_tokens, usage.completion_tokens)
+        details = usage.prompt_tokens_details
+        assert row["cached_input_tokens"] == ((details.cached_tokens if details else None) or 0)
+        assert row["cost_nano_usd"] == charge_of(
+            row["price"], usage.prompt_tokens, row["cached_input_tokens"], usage.completion_tokens
+        )
     balance = platform.control().get("/admin/orgs/billing/balance")["balance_nano_usd"]
     assert balance == 10**9 - sum(row["cost_nano_usd"] for row in rows)
     assert json.loads(platform.zenray("usage", "billing", "--json"))[0]["requests"] == 2
