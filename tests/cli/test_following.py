@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import io
+import subprocess
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from rich.console import Console
 
 from zenray.cli import following
+from zenray.cli.commands import runs
 from zenray.cli.following import LiveView, show_result
+from zenray.spec.errors import StorageUnavailable
 from zenray.spec.evaluation import ChoiceResult, DomainResult, EvaluationResult, TaskResult
 from zenray.spec.job_events import Checkpointed, Ended, Progress, Started, Step
+from zenray.storage.fake import FakeStore
+from zenray.storage.journal import Journal
 
 
 @pytest.fixture
@@ -59,3 +66,19 @@ def test_a_result_is_shown_as_tables(screen: io.StringIO, monkeypatch: pytest.Mo
     )
     for words in ("mode@v1/safetensors", "7.39", "0.750 ± 0.220", "0.250", "arc_easy"):
         assert words in screen.getvalue(), words
+
+
+def test_a_store_that_is_away_delays_what_is_shown_and_does_not_end_the_run(
+    screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "POLL_S", 0)
+    store = FakeStore()
+    journal = Journal(store, "jobs/one/journal/")
+    journal.append([{"event": "checkpoint", "step": 4}])
+    store.fail("get_bytes", StorageUnavailable("away"), times=2)
+    polls = iter([None, None, 0])
+    child = cast("subprocess.Popen[bytes]", SimpleNamespace(poll=lambda: next(polls)))
+    with LiveView() as view:
+        last = runs.show_until_over(child, journal, 0, view)
+    assert last == Checkpointed(step=4, at=last.at if last else 0)
+    assert "step 4  checkpoint" in screen.getvalue()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from zenray.storage.base import ObjectStore
 from zenray.storage.job_record import job_journal
 from zenray.storage.journal import Journal, JournalWriter
 
+_log = logging.getLogger(__name__)
 _PROGRESS_INTERVAL_S = 1.0
 _NARRATION_INTERVAL_S = 0.3
 
@@ -39,7 +41,7 @@ class EventStream:
     """Takes events and never waits for the store: a thread writes them there. Leaving it waits until they are written.
 
     `keep`: a file on this machine that has each event at once, for whoever asks why a process died while the store was
-    away.
+    away; until it cannot be written.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class EventStream:
         if not self._is_silent:
             self._writer.__enter__()
             if self._keep is not None:
-                self._keep.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._keep.open("a", encoding="utf-8")
+                with self._kept_if_possible(self._keep):
+                    self._keep.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = self._keep.open("a", encoding="utf-8", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,9 +75,21 @@ class EventStream:
         said = event.model_dump(mode="json", exclude={"at", "phase"}) if isinstance(event, BaseModel) else event
         record = {"at": time.time(), "phase": self.place.phase, **said}
         self._writer(record)
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        if self._file is not None and self._keep is not None:
+            with self._kept_if_possible(self._keep):
+                self._file.write(json.dumps(record) + "\n")
+
+    @contextmanager
+    def _kept_if_possible(self, path: Path) -> Iterator[None]:
+        """A disk that takes no more ends the file, and nothing else: the run needs the disk for what matters."""
+        try:
+            yield
+        except OSError as error:
+            _log.error("%s is not written any more: %s", path, error)
+            file, self._file = self._file, None
+            if file is not None:
+                with suppress(OSError):  # it would write what is left
+                    file.close()
 
     def in_phase(self, phase: str) -> EventStream:
         """The same stream, speaking for a phase. Needs no context of its own."""
@@ -113,7 +128,7 @@ def narrated(store: ObjectStore, job: str) -> Iterator[None]:
 def _narrate(journal: Journal, place: int, stop: threading.Event) -> None:
     is_last = False
     while True:
-        records, place = journal.read(place)
+        records, place = journal.look(place)
         for record in records:
             if record.get("event") != "progress":
                 sys.stdout.write(in_words(parse_event(record)) + "\n")

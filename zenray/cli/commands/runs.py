@@ -20,6 +20,7 @@ from zenray.spec.job_events import Ended, JobEvent, parse_event
 from zenray.spec.job_life import JobState
 from zenray.spec.jobs import Job, job_id, load_job, with_absolute_paths
 from zenray.storage.job_record import job_journal, launch_arguments, write_job
+from zenray.storage.journal import Journal
 from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin
 
@@ -59,7 +60,6 @@ def run_here(job: Job, home: Home) -> None:
     log_file = home.logs / "jobs" / f"{id}.log"
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "zenray.training", *launch_arguments(id, storage, str(home.cache / "jobs"))]
-    last: JobEvent | None = None
     with log_file.open("wb") as log, LiveView() as view:
         child = subprocess.Popen(
             command,
@@ -69,14 +69,7 @@ def run_here(job: Job, home: Home) -> None:
             preexec_fn=die_with_parent,
         )
         try:
-            is_over = False
-            while not is_over:
-                is_over = child.poll() is not None  # before the last look, which then sees all
-                records, place = journal.read(place)
-                for record in records:
-                    last = parse_event(record)
-                    view.show(last)
-                time.sleep(0 if is_over else POLL_S)
+            last = show_until_over(child, journal, place, view)
         finally:
             if child.poll() is None:
                 child.terminate()
@@ -89,3 +82,18 @@ def run_here(job: Job, home: Home) -> None:
         f"{job.name} failed: {said or f'its process ended with {child.returncode}'}",
         hint=f"What it printed is in {log_file}. Run it again to go on from its last checkpoint.",
     )
+
+
+def show_until_over(child: subprocess.Popen[bytes], journal: Journal, place: int, view: LiveView) -> JobEvent | None:
+    """Show what the journal has from `place` on until the process ends; the last of it. A store that is away delays
+    what is shown, and nothing else."""
+    last: JobEvent | None = None
+    is_over = False
+    while not is_over:
+        is_over = child.poll() is not None  # before the last look, which then sees all
+        records, place = journal.look(place)
+        for record in records:
+            last = parse_event(record)
+            view.show(last)
+        time.sleep(0 if is_over else POLL_S)
+    return last
