@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from collections import Counter
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 
 from tests.training.tiny import END, job, write_text, write_version
 from zenray.model.distillation import IGNORED
-from zenray.spec.errors import Conflict, InvalidValue, NotFound
+from zenray.spec.errors import Conflict, InvalidValue, NotFound, StorageUnavailable
 from zenray.spec.training import DataSource, TrainingData
 from zenray.storage.arrow import arrow_filesystem
 from zenray.training.data.corpus import builtin_documents
-from zenray.training.data.documents import identity, read_documents, source_files, write_corpus
+from zenray.training.data.documents import TextFile, identity, read_documents, source_files, write_corpus
 from zenray.training.data.shards import TokenShards, make_shard
 from zenray.training.data.stream import PackedDomain, SequenceStream, pack
 from zenray.training.data.tokens import DomainTokens, prepare
@@ -241,3 +242,29 @@ def test_a_run_does_not_go_on_with_other_texts() -> None:
     require_same_data(history, {"b": "sha256:2", "a": "sha256:1"})
     with pytest.raises(Conflict, match="The texts of b changed since this run began"):
         require_same_data(history, {"a": "sha256:1", "b": "sha256:3"})
+
+
+def test_texts_are_read_for_their_digest_once_on_a_machine_until_they_change(tmp_path: Path, monkeypatch) -> None:
+    text, read = write_text(tmp_path / "text"), []
+    base = Checkpoint.open(write_version(tmp_path / "base"))
+    real = TextFile.digest
+    monkeypatch.setattr(TextFile, "digest", lambda file: (read.append(Path(file.path).name), real(file))[1])
+    made = [prepare(job(text).data, base.tokenizer_file, END, 0, tmp_path / "tokens") for _ in range(2)]
+    assert sorted(read) == ["count.jsonl", "spell.jsonl"] and made[0] == made[1]
+    text["count"].write_text(text["count"].read_text().replace("make", "take"))
+    other = prepare(job(text).data, base.tokenizer_file, END, 0, tmp_path / "tokens")
+    assert sorted(read) == ["count.jsonl", "count.jsonl", "spell.jsonl"]
+    assert other.identities["count"] != made[0].identities["count"]
+    assert other.identities["spell"] == made[0].identities["spell"]
+
+
+def test_a_disk_that_is_too_small_for_the_tokens_is_named(tmp_path: Path, monkeypatch) -> None:
+    base = Checkpoint.open(write_version(tmp_path / "base"))
+
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("zenray.training.data.tokens._lay_out", full)
+    data = job(write_text(tmp_path / "text")).data
+    with pytest.raises(StorageUnavailable, match=r"disk is full: the tokens of count, spell take more than 0 MB"):
+        prepare(data, base.tokenizer_file, END, 0, tmp_path / "tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from tests.training.tiny import job, write_text, write_version
 from zenray.model.distillation import IGNORED, TopLogits
 from zenray.model.network import Masks, MoDE
-from zenray.spec.errors import InvalidValue, UpstreamFailed
+from zenray.spec.errors import InvalidValue, StorageUnavailable, UpstreamFailed
 from zenray.spec.training import DistillJob, Teacher, TeacherEndpoint
 from zenray.spec.versions import VersionRef
 from zenray.storage.fake import FakeStore
@@ -167,6 +168,16 @@ def test_each_sequence_is_asked_for_once_whatever_batch_it_is_in(server, packed,
     fresh(count=4).top_logits(packed)
     fresh("another").top_logits(packed)
     assert len(server.requests) == 3 * asked
+
+
+def test_a_disk_that_takes_no_more_answers_is_named(teacher, packed, tmp_path, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    kept = TopTeacher(NetworkAnswers(teacher.network, 4, 1.0), tmp_path, "teacher", 4)
+    with pytest.raises(StorageUnavailable, match=r"disk is full: a teacher's answer to one sequence takes [\d.]+ MB"):
+        kept.top_logits(packed)
 
 
 def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_not(server, packed, monkeypatch) -> None:

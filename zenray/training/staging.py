@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +13,18 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from zenray.spec.errors import StorageUnavailable
 from zenray.training.checkpointing import state_of, write_state
+from zenray.training.disk import raise_if_full
 from zenray.training.trainer import Trainer
 
 Write = Callable[[Path], None]
 """Puts this worker's part of a checkpoint into a folder. Blocks; collective with the other workers' calls."""
+
+
+_IF_FULL = (
+    "Free some space, or keep fewer checkpoints waiting (checkpoints.most_waiting), and run the job again: it goes on "
+    "from the checkpoint before."
+)
 
 
 class Stager:
@@ -48,7 +52,9 @@ class Stager:
                 with torch.no_grad():
                     write_state(copied, folder, self._group)
             except (OSError, CheckpointException) as error:
-                raise_if_full(error, folder, step, sum(tensor.nbytes for tensor in self._buffers.values()))
+                needed_mb = sum(tensor.nbytes for tensor in self._buffers.values()) / 1e6
+                takes = f"the checkpoint of step {step} takes {needed_mb:,.0f} MB on each worker"
+                raise_if_full(error, folder, takes, _IF_FULL)
                 raise
             finally:
                 self._is_free.set()
@@ -78,17 +84,3 @@ def _on_cpu(value: DTensor) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
     return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names, _init_backend=False)
-
-
-def raise_if_full(error: BaseException, folder: Path, step: int, needed_bytes: int) -> None:
-    """StorageUnavailable with the numbers, if `error`, or what it says of another worker, is a full disk."""
-    causes = [error, *(found[0] for found in getattr(error, "failures", {}).values())]
-    if not any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in causes):
-        return
-    free_bytes = shutil.disk_usage(folder).free
-    raise StorageUnavailable(
-        f"The disk is full: the checkpoint of step {step} takes {needed_bytes / 1e6:,.0f} MB on each worker, and "
-        f"{free_bytes / 1e6:,.0f} MB are free beside {folder}.",
-        hint="Free some space, or keep fewer checkpoints waiting (checkpoints.most_waiting), and run the job again: "
-        "it goes on from the checkpoint before.",
-    ) from error

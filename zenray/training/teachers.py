@@ -26,6 +26,7 @@ from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue, UpstreamFailed
 from zenray.spec.training import TeacherEndpoint
 from zenray.training.data.stream import Batch
+from zenray.training.disk import raise_if_full
 from zenray.training.loss import hidden_states
 
 _ANSWER_S = 120.0
@@ -56,14 +57,23 @@ class TopTeacher:
         key = hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()
         path = self._folder / key[:2] / f"{key}.npz"
         if not path.is_file():
-            answer = self._ask(sequence)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                np.savez(file, ids=answer.ids_TN.numpy(), log_probs=answer.log_probs_TN.half().numpy())
-            os.replace(file.name, path)
+            self._keep(self._ask(sequence), path)
         with np.load(path) as kept:
             ids, log_probs = torch.from_numpy(kept["ids"]), torch.from_numpy(kept["log_probs"])
         return TopLogits(ids, log_probs.float(), self.temperature)
+
+    def _keep(self, answer: TopLogits, path: Path) -> None:
+        """StorageUnavailable where the disk is full."""
+        ids, log_probs = answer.ids_TN.numpy(), answer.log_probs_TN.half().numpy()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                np.savez(file, ids=ids, log_probs=log_probs)
+            os.replace(file.name, path)
+        except OSError as error:
+            takes = f"a teacher's answer to one sequence takes {(ids.nbytes + log_probs.nbytes) / 1e6:,.1f} MB"
+            raise_if_full(error, self._folder, takes, "Free some space, or keep fewer `top_logits` of the teacher.")
+            raise
 
 
 def _row(batch: Batch, number: int) -> Batch:

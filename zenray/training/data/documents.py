@@ -49,6 +49,11 @@ class TextFile:
             with self.filesystem.open_input_stream(self.path) as file:
                 yield file.read().decode("utf-8", errors="replace")
 
+    def stamp(self) -> str:
+        """What changes when its text does, as far as the file system says: its size and the time of the last write."""
+        about = self.filesystem.get_file_info(self.path)
+        return f"{self.filesystem.type_name}:{self.path} {about.size} {about.mtime_ns}"
+
     def digest(self) -> bytes:
         """SHA-256 of its bytes. Reads all of it."""
         found = hashlib.sha256()
@@ -97,11 +102,21 @@ def _text_of(line: str, path: str, number: int) -> str:
     return text
 
 
-def identity(source: DataSource) -> str:
-    """What the texts are, without reading those of installed packages: their versions, or a SHA-256 over the files."""
+def identity(source: DataSource, known: dict[str, str] | None = None) -> str:
+    """What the texts are, without reading those of installed packages: their versions, or a SHA-256 over the files.
+
+    `known`: digests of files that were read before, by their stamps; gets those that are read now.
+    """
     if source.builtin is not None:
         return builtin_version(source.builtin)
-    return identity_of_files(file.digest() for file in source_files(source))
+    known = {} if known is None else known
+    digests = []
+    for file in source_files(source):
+        stamp = file.stamp()
+        if stamp not in known:
+            known[stamp] = file.digest().hex()
+        digests.append(bytes.fromhex(known[stamp]))
+    return identity_of_files(digests)
 
 
 def identity_of_files(digests: Iterable[bytes]) -> str:

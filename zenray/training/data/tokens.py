@@ -25,6 +25,7 @@ from zenray.spec.errors import InvalidValue
 from zenray.spec.training import DataSource, TrainingData
 from zenray.training.data.documents import identity, read_documents
 from zenray.training.data.shards import TokenShards
+from zenray.training.disk import raise_if_full
 
 FORMAT = 1  # goes into the fingerprint: changed when the files' layout or the order changes
 _BATCH = 256
@@ -73,10 +74,13 @@ def prepare(
 ) -> TokenFolder:
     """The tokens of `data`, made in `cache` unless they are there. Blocks; several processes may call it at once.
 
+    StorageUnavailable where the disk is full.
+
     Idempotent: the folder's name is a digest of the texts, the tokenizer, the split and the seed. `shards`: tokens that
     the cluster has made of these texts already; the result is the same with and without.
     """
-    texts = shards.identities(data) if shards else {source.domain: identity(source) for source in data.sources}
+    cache.mkdir(parents=True, exist_ok=True)
+    texts = shards.identities(data) if shards else _identities(data, cache)
     about = {
         "format": FORMAT,
         "texts": texts,
@@ -88,7 +92,6 @@ def prepare(
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache / name
     made = TokenFolder(folder, tuple(texts), texts)
-    cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{name}.lock"):
         if folder.is_dir():
             return made
@@ -104,9 +107,28 @@ def prepare(
                 _lay_out(source, documents, dtype, seed, data.validation_share, partial / str(index))
             (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, folder)
+        except OSError as error:
+            so_far_mb = sum(file.stat().st_size for file in partial.iterdir()) / 1e6
+            takes = f"the tokens of {', '.join(texts)} take more than {so_far_mb:,.0f} MB"
+            raise_if_full(error, cache, takes, "Free some space, or set the work folder to a larger disk.")
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return made
+
+
+def _identities(data: TrainingData, cache: Path) -> dict[str, str]:
+    """Of each domain's texts. One process of a machine reads them; others, and later ones, find what it found."""
+    record = cache / "digests.json"
+    with FileLock(cache / "digests.lock"):
+        known: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        before = len(known)
+        texts = {source.domain: identity(source, known) for source in data.sources}
+        if len(known) > before:
+            unfinished = record.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(known), encoding="utf-8")
+            os.replace(unfinished, record)
+    return texts
 
 
 def token_dtype(tokenizer: Tokenizer, end_token: int) -> type[np.unsignedinteger]:
