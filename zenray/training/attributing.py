@@ -21,9 +21,7 @@ def start_attribution(model: MoDE, version: str, keep: int) -> Attribution:
     """Watches the model's routers. InvalidValue for a model that has none."""
     attribution = Attribution(model, keep=keep)
     if not attribution.routers:
-        raise InvalidValue(
-            f"{version} has no experts to attribute tokens to.", hint="Take `attribution` out of the job."
-        )
+        raise InvalidValue(f"{version} has no experts to look at.", hint="Take `attribution` out of the job.")
     return attribution
 
 
