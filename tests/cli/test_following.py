@@ -62,9 +62,10 @@ def test_a_result_is_shown_as_tables(screen: io.StringIO, monkeypatch: pytest.Mo
             domains=(DomainResult(domain="code", loss=2.0, perplexity=7.389, tokens=100),),
             choices=(ChoiceResult(name="quiz", questions=4, accuracy=0.75, standard_error=0.22, by_chance=0.25),),
             tasks=(TaskResult(task="arc_easy", metric="acc,none", value=0.5),),
+            attribution="file:///store/jobs/look-1/attribution/report.html",
         )
     )
-    for words in ("mode@v1/safetensors", "7.39", "0.750 ± 0.220", "0.250", "arc_easy"):
+    for words in ("mode@v1/safetensors", "7.39", "0.750 ± 0.220", "0.250", "arc_easy", "look-1/attribution/report.html"):
         assert words in screen.getvalue(), words
 
 
