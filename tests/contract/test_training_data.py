@@ -16,7 +16,7 @@ from tests.contract.seaweedfs import ACCESS_KEY, SECRET_KEY, S3Server, seaweedfs
 from tests.contract.training_platform import LOOPBACK, REPOSITORY
 from tests.training.tiny import END, job, write_text, write_version
 from zenray.spec.training import DataSource, TrainingData
-from zenray.training.data.documents import identity, read_documents
+from zenray.training.data.documents import identity, read_documents, text_entries
 from zenray.training.data.tokens import prepare
 
 pytestmark = pytest.mark.contract
@@ -70,7 +70,7 @@ def in_s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_text_in_s3_reads_as_text_in_a_folder(in_s3: tuple[TrainingData, TrainingData]) -> None:
     for here, there in zip(in_s3[0].sources, in_s3[1].sources, strict=True):
         assert list(read_documents(there)) == list(read_documents(here))
-        assert identity(there) == identity(here)
+        assert identity(there, text_entries(there)) == identity(here, text_entries(here))
 
 
 def test_ray_data_makes_the_tokens_that_one_process_makes(

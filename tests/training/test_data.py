@@ -168,7 +168,7 @@ def test_the_corpus_of_every_machine(tmp_path: Path) -> None:
     prose = list(builtin_documents("prose"))
     assert len(prose) > 50 and all(len(text) >= 200 for text in prose)
     source = DataSource(domain="manual", builtin="prose")
-    assert identity(source).startswith("prose:1:python-3.")
+    assert identity(source, ()).startswith("prose:1:python-3.")
     assert write_corpus(tmp_path / "corpus", [source]) == {"manual": len(prose)}
     again = DataSource(domain="manual", path=str(tmp_path / "corpus"))
     assert list(read_documents(again)) == prose
@@ -218,6 +218,12 @@ def test_tokens_that_the_cluster_made_are_those_that_a_worker_makes(tmp_path: Pa
     alone = prepare(data, base.tokenizer_file, END, 3, tmp_path / "alone")
     sent = pickle.loads(pickle.dumps(shards))  # noqa: S301
     with_shards = prepare(data, base.tokenizer_file, END, 3, tmp_path / "cluster", sent)
+    assert alone.files == with_shards.files and [Path(file.path).name for file in alone.files][:3] == [
+        "0.jsonl",
+        "1.jsonl",
+        "2.jsonl",
+    ]
+    assert alone.files[-1].path.startswith("prose:1:python-3.") and alone.files[-1].size_bytes > 100_000
     assert alone.identities == with_shards.identities and alone.folder.name == with_shards.folder.name
     names = sorted(path.name for path in alone.folder.iterdir())
     assert names == sorted(path.name for path in with_shards.folder.iterdir()) and len(names) == 13
@@ -234,7 +240,7 @@ def test_a_file_is_tokenised_once_whatever_it_is_called(tmp_path: Path) -> None:
     moved = {"else": text["spell"].rename(tmp_path / "other.jsonl")}
     again = made_by_cluster(job(moved).data, base, tmp_path / "shards")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == before
-    assert again.files["else"] == shards.files["spell"]
+    assert again.files["else"][0].sha256 == shards.files["spell"][0].sha256
 
 
 def test_a_run_does_not_go_on_with_other_texts() -> None:
@@ -247,8 +253,8 @@ def test_a_run_does_not_go_on_with_other_texts() -> None:
 def test_texts_are_read_for_their_digest_once_on_a_machine_until_they_change(tmp_path: Path, monkeypatch) -> None:
     text, read = write_text(tmp_path / "text"), []
     base = Checkpoint.open(write_version(tmp_path / "base"))
-    real = TextFile.digest
-    monkeypatch.setattr(TextFile, "digest", lambda file: (read.append(Path(file.path).name), real(file))[1])
+    real = TextFile.entry
+    monkeypatch.setattr(TextFile, "entry", lambda file: (read.append(Path(file.path).name), real(file))[1])
     made = [prepare(job(text).data, base.tokenizer_file, END, 0, tmp_path / "tokens") for _ in range(2)]
     assert sorted(read) == ["count.jsonl", "spell.jsonl"] and made[0] == made[1]
     text["count"].write_text(text["count"].read_text().replace("make", "take"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from zenray.spec.jobs import job_id
 from zenray.spec.platform import StorageSettings
 from zenray.spec.versions import VersionRef
 from zenray.storage.cache import fetch
+from zenray.storage.job_record import report_key
 from zenray.storage.local import LocalStore
 from zenray.storage.pinning import pin
 from zenray.storage.versions import list_versions, publish
@@ -55,6 +57,15 @@ def test_the_version_is_the_trained_network_in_the_bases_layout(store, tmp_path)
     manifest = publish_result(*about)
     assert {str(one.ref) for one in list_versions(store, "tiny")} >= {"tiny@v1/safetensors", "tiny@v1/mixtral"}
     assert manifest.metadata["run"] == about[1] and json.loads(manifest.metadata["job"])["base"]["version"] == "v0"
+    texts = {domain: tmp_path / "text" / f"{domain}.jsonl" for domain in ("count", "spell")}
+    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in texts.values()}
+    read = {Path(file.path): (file.sha256, file.size_bytes) for file in manifest.parents.data_files}
+    assert read == {path: (digest, path.stat().st_size) for path, digest in digests.items()}
+    merged = hashlib.sha256(bytes.fromhex(digests[texts["count"]])).hexdigest()
+    assert json.loads(manifest.metadata["data"])["count"] == f"sha256:{merged}"
+    assert "report.html" in {file.path for file in manifest.files}
+    page = store.get_bytes(report_key(about[1])).decode()
+    assert "tiny@v1" in page and "Held-out loss" in page
     validation = json.loads(manifest.metadata["validation"])
     assert validation["count"]["after"]["loss"] < validation["count"]["before"]["loss"]
     assert all(0 < ratio <= 1 for ratio in json.loads(manifest.metadata["entropy_ratios"]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zenray.spec.errors import Conflict
+from zenray.spec.versions import FileEntry
 
 HISTORY_NAME = "history.jsonl"
 Event = dict[str, Any]
@@ -103,6 +104,12 @@ def identities_in(history: list[Event]) -> dict[str, str]:
     """What was read: each domain's identity, as the run noted it at its beginning."""
     found: dict[str, str] = next(event["domains"] for event in history if event["event"] == "data")
     return found
+
+
+def files_in(history: list[Event]) -> tuple[FileEntry, ...]:
+    """What was read, file by file."""
+    found = next(event["files"] for event in history if event["event"] == "data")
+    return tuple(FileEntry.model_validate(file) for file in found)
 
 
 def plain(value: Any) -> Any:

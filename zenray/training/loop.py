@@ -14,6 +14,7 @@ import torch
 
 from zenray.model.distillation import IGNORED
 from zenray.spec.training import TrainingJob
+from zenray.spec.versions import FileEntry
 from zenray.training.checkpointing import load
 from zenray.training.data.stream import Batch, PackedDomain, SequenceStream, pack
 from zenray.training.data.tokens import TokenFolder
@@ -61,11 +62,13 @@ class Notice(Protocol):
 
 @dataclass
 class TrainingSet:
-    """What a run reads: the training sequences, and held-out ones of each domain. `identities`: of their texts."""
+    """What a run reads: the training sequences, and held-out ones of each domain. `identities`: of their texts, which
+    were in `files`."""
 
     stream: SequenceStream
     held_out: dict[str, PackedDomain]
     identities: dict[str, str] = field(default_factory=dict)
+    files: tuple[FileEntry, ...] = ()
 
     @classmethod
     def open(cls, job: TrainingJob, tokens: TokenFolder) -> TrainingSet:
@@ -78,6 +81,7 @@ class TrainingSet:
             SequenceStream(packed, weights, seed),
             {domain: part for domain, part in held_out.items() if part.num_sequences > 0},
             tokens.identities,
+            tokens.files,
         )
 
     def step(self, job: TrainingJob, mesh: Mesh, index: int) -> list[Batch]:
@@ -137,7 +141,8 @@ def train(
     job, run = trainer.job, _Run(trainer, data, recorder, tell, notice)
     run.take_up()
     if not run.history.events:
-        run.note({"event": "data", "step": 0, "domains": data.identities})
+        files = [file.model_dump() for file in data.files]
+        run.note({"event": "data", "step": 0, "domains": data.identities, "files": files})
         run.evaluate(with_teachers=True)
     while run.done < job.steps:
         decision = run.step()

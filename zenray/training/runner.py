@@ -38,7 +38,7 @@ from zenray.training.checkpointing import read_weight
 from zenray.training.context_parallel import check_experts
 from zenray.training.data.shards import TokenShards, tokenise_on_cluster
 from zenray.training.events import EventPlace
-from zenray.training.history import HISTORY_NAME, Event, identities_in, read_history
+from zenray.training.history import HISTORY_NAME, Event, files_in, identities_in, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.report import REPORT_NAME, write_report
 from zenray.training.stages import check_stages
@@ -163,7 +163,9 @@ def publish_result(
         page = write_report(f"{job.into.model}@{job.into.version}", history, job.model_dump(mode="json"))
         (made / REPORT_NAME).write_text(page, encoding="utf-8")
         store.put_bytes(report_key(name), page.encode())
-        parents = Parents(base_version=str(pinned(job.base, store)), training_job=job.name)
+        parents = Parents(
+            base_version=str(pinned(job.base, store)), training_job=job.name, data_files=files_in(history)
+        )
         metadata = {"kind": job.kind, "run": name, "job": job.model_dump_json(), **_metrics(job, history)}
         ref = VersionRef(model=job.into.model, version=job.into.version)
         if job.stock_format != "none":  # first, so that a version whose own format is there has all of its formats

@@ -13,7 +13,8 @@ from typing import Any
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from zenray.spec.errors import InvalidValue, NotFound
-from zenray.spec.training import DataSource
+from zenray.spec.training import BuiltinCorpus, DataSource
+from zenray.spec.versions import FileEntry
 from zenray.storage.arrow import arrow_filesystem
 from zenray.training.data.corpus import builtin_documents, builtin_version
 
@@ -54,13 +55,14 @@ class TextFile:
         about = self.filesystem.get_file_info(self.path)
         return f"{self.filesystem.type_name}:{self.path} {about.size} {about.mtime_ns}"
 
-    def digest(self) -> bytes:
-        """SHA-256 of its bytes. Reads all of it."""
-        found = hashlib.sha256()
+    def entry(self) -> FileEntry:
+        """Its size and its SHA-256. Reads all of it."""
+        found, size_bytes = hashlib.sha256(), 0
         with self.filesystem.open_input_stream(self.path) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 found.update(chunk)
-        return found.digest()
+                size_bytes += len(chunk)
+        return FileEntry(path=self.path, size_bytes=size_bytes, sha256=found.hexdigest())
 
 
 def read_documents(source: DataSource) -> Iterator[str]:
@@ -102,26 +104,42 @@ def _text_of(line: str, path: str, number: int) -> str:
     return text
 
 
-def identity(source: DataSource, known: dict[str, str] | None = None) -> str:
-    """What the texts are, without reading those of installed packages: their versions, or a SHA-256 over the files.
+def text_entries(source: DataSource, known: dict[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    """The source's files in their order; a corpus of installed packages as one, which its version names.
 
-    `known`: digests of files that were read before, by their stamps; gets those that are read now.
+    `known`: those that were read before, by their stamps; gets what is read now.
     """
-    if source.builtin is not None:
-        return builtin_version(source.builtin)
     known = {} if known is None else known
-    digests = []
+    if source.builtin is not None:
+        version = builtin_version(source.builtin)
+        if version not in known:
+            known[version] = _entry_of_corpus(source.builtin, version)
+        return (known[version],)
+    found = []
     for file in source_files(source):
         stamp = file.stamp()
         if stamp not in known:
-            known[stamp] = file.digest().hex()
-        digests.append(bytes.fromhex(known[stamp]))
-    return identity_of_files(digests)
+            known[stamp] = file.entry()
+        found.append(known[stamp])
+    return tuple(found)
 
 
-def identity_of_files(digests: Iterable[bytes]) -> str:
-    """A source's identity from its files' SHA-256, in their order."""
-    return f"sha256:{hashlib.sha256(b''.join(digests)).hexdigest()}"
+def _entry_of_corpus(name: BuiltinCorpus, version: str) -> FileEntry:
+    """As of one file that has the documents in their order, each ended by a zero byte."""
+    found, size_bytes = hashlib.sha256(), 0
+    for document in builtin_documents(name):
+        data = document.encode("utf-8", errors="replace") + b"\0"
+        found.update(data)
+        size_bytes += len(data)
+    return FileEntry(path=version, size_bytes=size_bytes, sha256=found.hexdigest())
+
+
+def identity(source: DataSource, files: Iterable[FileEntry]) -> str:
+    """What the texts are: the version of those of installed packages, or a SHA-256 over those of the files."""
+    if source.builtin is not None:
+        return builtin_version(source.builtin)
+    digests = b"".join(bytes.fromhex(file.sha256) for file in files)
+    return f"sha256:{hashlib.sha256(digests).hexdigest()}"
 
 
 def write_corpus(

@@ -19,39 +19,30 @@ from pyarrow.fs import FileSystem, FileType
 from tokenizers import Tokenizer
 
 from zenray.spec.training import DataSource, TrainingData
-from zenray.training.data.corpus import builtin_version
-from zenray.training.data.documents import TextFile, identity_of_files, source_files
+from zenray.spec.versions import FileEntry
+from zenray.training.data.documents import TextFile, source_files
 
 _MAGIC = b"zenray-tokens-1\n"
 
 
 @dataclass(frozen=True)
 class TokenShards:
-    """Where the tokens of a run's text files are. `files`: of each domain, the SHA-256 of its files in their order.
+    """Where the tokens of a run's text files are. `files`: of each domain that has files, those in their order.
 
     May be pickled; holds no secret.
     """
 
     filesystem: FileSystem
     folder: str
-    files: dict[str, tuple[str, ...]]
+    files: dict[str, tuple[FileEntry, ...]]
 
     def has(self, source: DataSource) -> bool:
         return source.domain in self.files
 
-    def identities(self, data: TrainingData) -> dict[str, str]:
-        """As `documents.identity` of each source, without reading the texts again."""
-        return {
-            source.domain: identity_of_files(bytes.fromhex(one) for one in self.files[source.domain])
-            if source.domain in self.files
-            else builtin_version(source.builtin)  # type: ignore[arg-type]
-            for source in data.sources
-        }
-
     def documents(self, source: DataSource) -> Iterator[np.ndarray]:
         """The tokens of each document, as `tokens.encoded` gives them."""
-        for digest in self.files[source.domain]:
-            yield from read_shard(self.filesystem, shard_path(self.folder, digest))
+        for file in self.files[source.domain]:
+            yield from read_shard(self.filesystem, shard_path(self.folder, file.sha256))
 
 
 def tokenise_on_cluster(
@@ -76,25 +67,26 @@ def tokenise_on_cluster(
     tokenizer = ray.put(tokenizer_json)
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
-        digest = make_shard(row["file"], ray.get(tokenizer), end_token, filesystem, folder)
-        return {"domain": row["domain"], "place": row["place"], "digest": digest}
+        entry = make_shard(row["file"], ray.get(tokenizer), end_token, filesystem, folder)
+        return {"domain": row["domain"], "place": row["place"], **entry.model_dump()}
 
-    digests: dict[str, dict[int, str]] = {domain: {} for domain in found}
+    made: dict[str, dict[int, FileEntry]] = {domain: {} for domain in found}
     if rows:
         for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(make).iter_rows():
-            digests[row["domain"]][row["place"]] = row["digest"]
-    files = {domain: tuple(places[place] for place in sorted(places)) for domain, places in digests.items()}
+            entry = FileEntry(path=row["path"], size_bytes=row["size_bytes"], sha256=row["sha256"])
+            made[row["domain"]][row["place"]] = entry
+    files = {domain: tuple(places[place] for place in sorted(places)) for domain, places in made.items()}
     return TokenShards(filesystem, folder, files)
 
 
-def make_shard(file: TextFile, tokenizer_json: bytes, end_token: int, filesystem: FileSystem, folder: str) -> str:
-    """Tokenise one file into its shard, unless that is there; the SHA-256 of the text. A shard appears whole."""
+def make_shard(file: TextFile, tokenizer_json: bytes, end_token: int, filesystem: FileSystem, folder: str) -> FileEntry:
+    """Tokenise one file into its shard, unless that is there; what the file is. A shard appears whole."""
     from zenray.training.data.tokens import encoded
 
-    digest = file.digest().hex()
-    path = shard_path(folder, digest)
+    entry = file.entry()
+    path = shard_path(folder, entry.sha256)
     if filesystem.get_file_info(path).type == FileType.File:
-        return digest
+        return entry
     documents = encoded(file.documents(), _tokenizer(tokenizer_json), end_token)
     filesystem.create_dir(folder, recursive=True)
     with tempfile.TemporaryFile() as scratch:  # the lengths go first, and are known last
@@ -112,7 +104,7 @@ def make_shard(file: TextFile, tokenizer_json: bytes, end_token: int, filesystem
             while chunk := scratch.read(8 << 20):
                 sink.write(chunk)
     filesystem.move(unfinished, path)
-    return digest
+    return entry
 
 
 def read_shard(filesystem: FileSystem, path: str) -> Iterator[np.ndarray]:

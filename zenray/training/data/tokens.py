@@ -14,22 +14,25 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import DataSource, TrainingData
-from zenray.training.data.documents import identity, read_documents
+from zenray.spec.versions import FileEntry
+from zenray.training.data.documents import identity, read_documents, text_entries
 from zenray.training.data.shards import TokenShards
 from zenray.training.disk import raise_if_full
 
 FORMAT = 1  # goes into the fingerprint: changed when the files' layout or the order changes
 _BATCH = 256
 _RAW = "raw"
+_KNOWN = TypeAdapter(dict[str, FileEntry])
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,12 @@ class DomainTokens:
 
 @dataclass(frozen=True)
 class TokenFolder:
-    """What `prepare` made. `identities`: of each domain's texts."""
+    """What `prepare` made. `identities`: of each domain's texts; `files`: those that it read."""
 
     folder: Path
     domains: tuple[str, ...]
     identities: dict[str, str]
+    files: tuple[FileEntry, ...]
 
     def load(self, domain: str, part: str) -> DomainTokens:
         """`part`: "train" or "validation". Maps the file; reads nothing yet."""
@@ -80,7 +84,8 @@ def prepare(
     the cluster has made of these texts already; the result is the same with and without.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    texts = shards.identities(data) if shards else _identities(data, cache)
+    files = _text_files(data, cache, shards)
+    texts = {source.domain: identity(source, files[source.domain]) for source in data.sources}
     about = {
         "format": FORMAT,
         "texts": texts,
@@ -91,7 +96,7 @@ def prepare(
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache / name
-    made = TokenFolder(folder, tuple(texts), texts)
+    made = TokenFolder(folder, tuple(texts), texts, tuple(chain.from_iterable(files.values())))
     with FileLock(cache / f"{name}.lock"):
         if folder.is_dir():
             return made
@@ -117,18 +122,21 @@ def prepare(
     return made
 
 
-def _identities(data: TrainingData, cache: Path) -> dict[str, str]:
-    """Of each domain's texts. One process of a machine reads them; others, and later ones, find what it found."""
-    record = cache / "digests.json"
-    with FileLock(cache / "digests.lock"):
-        known: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+def _text_files(data: TrainingData, cache: Path, shards: TokenShards | None) -> dict[str, tuple[FileEntry, ...]]:
+    """Of each domain. One process of a machine reads them; others, and later ones, find what it found."""
+    record = cache / "texts.json"
+    with FileLock(cache / "texts.lock"):
+        known = _KNOWN.validate_json(record.read_bytes()) if record.is_file() else {}
         before = len(known)
-        texts = {source.domain: identity(source, known) for source in data.sources}
+        found = {
+            source.domain: shards.files[source.domain] if shards and shards.has(source) else text_entries(source, known)
+            for source in data.sources
+        }
         if len(known) > before:
             unfinished = record.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(known), encoding="utf-8")
+            unfinished.write_bytes(_KNOWN.dump_json(known))
             os.replace(unfinished, record)
-    return texts
+    return found
 
 
 def token_dtype(tokenizer: Tokenizer, end_token: int) -> type[np.unsignedinteger]:
