@@ -178,7 +178,8 @@ def network(config: MoDEConfig, seed: int, empty: tuple[int, ...] = ()) -> MoDE:
 
 
 def make_trainer(case: Case, mesh: Mesh | None = None) -> Trainer:
-    one_layer = replace(case.config, num_hidden_layers=1, sparse_layers=(0,), local_layers=case.config.local_layers[:1])
+    first = {"sparse_layers": (0,), "expert_choice_layers": (), "local_layers": case.config.local_layers[:1]}
+    one_layer = replace(case.config, num_hidden_layers=1, **first)
     teachers = [(network(one_layer, 5 + number), share) for number, share in enumerate(case.shares)]
     trainer = Trainer(network(case.config, 1, case.empty), job_of(case), mesh, teachers)
     if case.optimizer == "sgd":  # Adam divides a wrong scale away; plain descent shows it
