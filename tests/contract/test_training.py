@@ -70,7 +70,9 @@ def test_two_workers_make_what_one_process_makes(unbroken: Run, tmp_path: Path) 
     manifest = read_manifest(unbroken.store, VersionRef(model="tiny", version="v1"))
     assert manifest.parents.base_version == "tiny@v0/safetensors" and manifest.parents.training_job == "tiny"
     assert json.loads(manifest.metadata["validation"])["count"].keys() == {"before", "after", "teacher"}
-    assert {entry.path for entry in manifest.files} >= {"config.json", "tokenizer.json", "history.jsonl"}
+    assert {entry.path for entry in manifest.files} >= {"config.json", "tokenizer.json", "history.jsonl", "report.html"}
+    checkpoints = Path(unbroken.store.uri.removeprefix("file:"), "training")
+    assert list(checkpoints.iterdir()) == [], "of no use once the version is there"
 
 
 def test_a_killed_worker_and_a_killed_driver_change_nothing(

@@ -88,7 +88,10 @@ def test_again_is_a_no_op_and_another_job_a_conflict(store, tmp_path) -> None:
     _, about = trained(store, tmp_path)
     manifest = publish_result(*about)
     settings = StorageSettings(uri=store.uri)
+    checkpoints = tmp_path / "store" / "training" / about[1]
+    (checkpoints / "step-00000006").mkdir(parents=True)  # as a run leaves it that was killed just after
     assert run(about[0], settings, tmp_path / "work") == manifest
+    assert not checkpoints.exists() and checkpoints.parent.exists()
     with pytest.raises(Conflict, match="not made by this job"):
         run(job(write_text(tmp_path / "text"), seed=1), settings, tmp_path / "work")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -44,6 +45,8 @@ from zenray.training.report import REPORT_NAME, write_report
 from zenray.training.stages import check_stages
 from zenray.training.trainable import choose
 
+log = logging.getLogger(__name__)
+
 
 def run(
     job: TrainingJob,
@@ -56,8 +59,9 @@ def run(
     """Train, and publish `job.into`. Blocks. Starts Ray on this machine unless it is connected already.
 
     Idempotent: what is published already is returned; killed at any moment and run again, it goes on from the last
-    checkpoint, and the result is the same. Raises NotFound for an unknown base or teacher, InvalidValue for what cannot
-    be trained, Conflict when `job.into` exists and is another job's, ZenrayError when the run ends without a result.
+    checkpoint, and the result is the same. Checkpoints are deleted once the version is there. Raises NotFound for an
+    unknown base or teacher, InvalidValue for what cannot be trained, Conflict when `job.into` exists and is another
+    job's, ZenrayError when the run ends without a result.
     """
     store = open_store(storage)
     job = pin(job, store)
@@ -69,6 +73,7 @@ def run(
             raise Conflict(
                 f"{ref} exists, and was not made by this job as it stands.", hint="Publish into another version."
             )
+        _drop_checkpoints(storage, name)  # where it was killed before it came to that
         return existing
     base = Checkpoint.open(fetch(store, pinned(job.base, store), work_dir / "versions", progress=progress))
     check_stages(base.config, job.train, job.workers.pipeline_parallel)
@@ -103,7 +108,9 @@ def run(
         raise ZenrayError(f"Run {name} ended without a checkpoint.")
     with result.checkpoint.as_directory() as folder:
         history = read_history(Path(folder))
-        return publish_result(job, name, store, base, Path(folder), history, work_dir, progress)
+        manifest = publish_result(job, name, store, base, Path(folder), history, work_dir, progress)
+    _drop_checkpoints(storage, name)
+    return manifest
 
 
 def connect() -> None:
@@ -143,6 +150,16 @@ def checkpoint_place(storage: StorageSettings) -> tuple[pyarrow.fs.FileSystem, s
     """Where Ray Train keeps checkpoints in the store."""
     filesystem, path = arrow_filesystem(open_store(storage).uri, storage.endpoint_url)
     return filesystem, f"{path}/training"
+
+
+def _drop_checkpoints(storage: StorageSettings, name: str) -> None:
+    """Those of a run that is published, and so is never taken up again: weights and moments, many times the version."""
+    filesystem, folder = checkpoint_place(storage)
+    try:
+        if filesystem.get_file_info(f"{folder}/{name}").type == pyarrow.fs.FileType.Directory:
+            filesystem.delete_dir(f"{folder}/{name}")
+    except OSError as error:
+        log.warning("The checkpoints of %s are left in %s/%s: %s", name, folder, name, error)
 
 
 def publish_result(
