@@ -237,6 +237,21 @@ def test_a_store_that_is_away_delays_events_and_loses_none(platform: Platform) -
     assert platform.look().progress is not None
 
 
+def test_a_job_that_cannot_be_read_says_so_and_holds_up_no_other(platform: Platform) -> None:
+    broken = platform.submit(JOB.model_copy(update={"name": "broken"}))
+    with platform.database.write() as session:
+        session.get_one(JobRow, broken.id).document = '{"kind": "of a later version"}'
+    platform.clock.advance(1)
+    platform.submit()
+    platform.rounds(4)
+    assert platform.look().state == JobState.RUNNING
+    with platform.database.read() as session:
+        row = get_job(session, "broken")
+    assert row.state == JobState.QUEUED and row.message is not None and "'of a later version'" in row.message
+    with platform.database.write() as session:
+        assert cancel_job(session, "broken", now=0).state == JobState.CANCELLED
+
+
 def test_a_cluster_that_was_restarted_gets_the_job_again(platform: Platform) -> None:
     platform.submit()
     for attempt in range(1, MOST_LOST + 2):
@@ -307,7 +322,8 @@ def test_unreadable_and_unknown_events_are_kept(platform: Platform) -> None:
 def test_running_jobs_are_measured(platform: Platform) -> None:
     platform.submit()
     platform.rounds(4)
-    platform.say({"event": "step", "step": 9, "loss": 2.5, "entropy_ratios": [0.9, 0.8], "tokens_per_s": 100.0})
+    of_layers = {"entropy_ratios": [0.9, 0.8], "fallback_tokens": [0, 7]}
+    platform.say({"event": "step", "step": 9, "loss": 2.5, "tokens_per_s": 100.0, **of_layers})
     platform.rounds()
     samples = {
         (s.name, *s.labels.values()): s.value
@@ -315,9 +331,21 @@ def test_running_jobs_are_measured(platform: Platform) -> None:
         for s in metric.samples
     }
     assert samples["zenray_jobs", "running"] == 1 and samples["zenray_jobs", "failed"] == 0
-    assert samples["zenray_job_step", "grow"] == 10 and samples["zenray_job_loss", "grow"] == 2.5
-    assert samples["zenray_job_entropy_ratio", "grow", "1"] == 0.8
+    assert samples["zenray_job_step", "grow", ID] == 10 and samples["zenray_job_loss", "grow", ID] == 2.5
+    assert samples["zenray_job_entropy_ratio", "grow", ID, "1"] == 0.8
+    assert samples["zenray_job_fallback_tokens", "grow", ID, "1"] == 7
     assert not any(name[0] == "zenray_job_mfu_ratio" for name in samples), "what is not known is not said"
+
+
+def test_jobs_of_one_name_are_measured_apart(platform: Platform) -> None:
+    other = platform.submit(JOB.model_copy(update={"seed": 7}))
+    platform.submit()
+    platform.rounds(4)
+    for id in (ID, other.id):
+        job_journal(platform.store, id).append([{"event": "step", "step": 9, "loss": 2.5, "entropy_ratios": [0.9]}])
+    platform.rounds()
+    samples = [(s.name, *s.labels.values()) for one in JobGauges(platform.database).collect() for s in one.samples]
+    assert len(samples) == len(set(samples)) and {("zenray_job_step", "grow", id) for id in (ID, other.id)} < set(samples)
 
 
 VIEWS = st.builds(
