@@ -345,7 +345,9 @@ def test_jobs_of_one_name_are_measured_apart(platform: Platform) -> None:
         job_journal(platform.store, id).append([{"event": "step", "step": 9, "loss": 2.5, "entropy_ratios": [0.9]}])
     platform.rounds()
     samples = [(s.name, *s.labels.values()) for one in JobGauges(platform.database).collect() for s in one.samples]
-    assert len(samples) == len(set(samples)) and {("zenray_job_step", "grow", id) for id in (ID, other.id)} < set(samples)
+    assert len(samples) == len(set(samples)) and {("zenray_job_step", "grow", id) for id in (ID, other.id)} < set(
+        samples
+    )
 
 
 VIEWS = st.builds(

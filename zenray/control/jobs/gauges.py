@@ -52,26 +52,28 @@ class JobGauges(Collector):
         try:
             with self._database.read() as session:
                 counts = Counter(row.state for row in list_jobs(session))
-                steps = [(row.name, parse_event(json.loads(row.progress))) for row in active(session) if row.progress]
+                rows = [row for row in active(session) if row.progress]
+                steps = [((row.name, row.id), parse_event(json.loads(row.progress or ""))) for row in rows]
         except SQLAlchemyError:
             return []
         states = GaugeMetricFamily("zenray_jobs", "Jobs in each state.", labels=["state"])
         for state in JobState:
             states.add_metric([state.value], counts[state.value])
-        return [states, *_of_steps([(name, step) for name, step in steps if isinstance(step, Step)])]
+        return [states, *_of_steps([(job, step) for job, step in steps if isinstance(step, Step)])]
 
 
-def _of_steps(steps: list[tuple[str, Step]]) -> Iterable[Metric]:
+def _of_steps(steps: list[tuple[tuple[str, str], Step]]) -> Iterable[Metric]:
+    """`steps`: each with its job's name and id; several jobs may have one name."""
     for metric, (about, of) in _OF_A_STEP.items():
-        family = GaugeMetricFamily(metric, about, labels=["job"])
-        for name, step in steps:
+        family = GaugeMetricFamily(metric, about, labels=["job", "id"])
+        for job, step in steps:
             value = of(step)
             if value is not None and not math.isnan(value):
-                family.add_metric([name], value)
+                family.add_metric([*job], value)
         yield family
     for metric, (about, of_layers) in _OF_A_LAYER.items():
-        family = GaugeMetricFamily(metric, about, labels=["job", "layer"])
-        for name, step in steps:
+        family = GaugeMetricFamily(metric, about, labels=["job", "id", "layer"])
+        for job, step in steps:
             for layer, value in enumerate(of_layers(step)):
-                family.add_metric([name, str(layer)], value)
+                family.add_metric([*job, str(layer)], value)
         yield family

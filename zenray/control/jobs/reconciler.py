@@ -51,7 +51,7 @@ class JobReconciler:
         self._work_dir = work_dir
 
     def step(self) -> None:
-        """One round. Expected trouble (the cluster or the store away) ends up in the jobs' messages."""
+        """One round. Trouble, the cluster's, the store's or a job's own, ends up in the jobs' messages."""
         with self._database.read() as session:
             rows = active(session)
         if not rows:
@@ -62,15 +62,25 @@ class JobReconciler:
         except ClusterUnavailable as error:
             seen, reason = None, str(error)
         for row in rows:
-            events, read = self._events(row)
-            view = view_of(row)
-            if seen is None:
-                decision = unreachable(view, reason)
-            else:
-                with self._database.read() as session:
-                    said = last_word(session, row.id, events)
-                decision = self._carry_out(row, decide(view, seen.get(view.launch_id), said))
-            self._write(row, decision, events, read)
+            try:
+                self._round_of(row, seen, reason)
+            except SQLAlchemyError:
+                raise
+            except Exception as error:  # of this job alone: the others go on
+                logger.exception("job %s cannot be carried on", row.id)
+                self._write(row, unreachable(view_of(row), f"It cannot be carried on: {error}"), [], row.events_read)
+
+    def _round_of(self, row: JobRow, seen: dict[str, ClusterJob] | None, reason: str) -> None:
+        """One job's part. `reason`: why the cluster says nothing, where `seen` is None."""
+        events, read = self._events(row)
+        view = view_of(row)
+        if seen is None:
+            decision = unreachable(view, reason)
+        else:
+            with self._database.read() as session:
+                said = last_word(session, row.id, events)
+            decision = self._carry_out(row, decide(view, seen.get(view.launch_id), said))
+        self._write(row, decision, events, read)
 
     def run(self, stop: threading.Event, interval_s: float) -> None:
         """Rounds until `stop` is set. A failure nobody expected is logged, and the next round starts from what is."""
