@@ -69,8 +69,8 @@ def machines_of_cluster() -> list[Resources]:
 
 
 def can_grow() -> bool:
-    """Whether other machines may join: not where Ray listens on loopback alone, as it does on one machine."""
-    return not ray.util.get_node_ip_address().startswith("127.")
+    """Whether other machines may join: not where Ray listens on loopback alone, as it does on one machine. Needs Ray."""
+    return not all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes())
 
 
 class SaysWhatItWaitsFor(WorkerGroupCallback):
