@@ -24,10 +24,10 @@ from zenray.storage.job_record import report_key
 from zenray.storage.local import LocalStore
 from zenray.storage.pinning import pin
 from zenray.storage.versions import list_versions, publish
-from zenray.training.history import read_history
 from zenray.training.loop import train
 from zenray.training.mesh import Mesh
 from zenray.training.networks import Checkpoint
+from zenray.training.reading import StoredCheckpoint
 from zenray.training.runner import publish_result, run
 from zenray.training.worker import assemble
 
@@ -47,9 +47,9 @@ def trained(store: LocalStore, folder: Path, **changes):
     wanted = pin(job(write_text(folder / "text"), **changes), store)
     trainer, data = assemble(wanted, store, folder / "work", Mesh())
     train(trainer, data, FolderRecorder(folder / "checkpoints"))
-    checkpoint = folder / "checkpoints" / "step-00000006"
+    checkpoint = StoredCheckpoint.at(folder / "checkpoints" / "step-00000006")
     base = Checkpoint.open(fetch(store, VersionRef(model="tiny", version="v0"), folder / "work" / "versions"))
-    return trainer, (wanted, job_id(wanted), store, base, checkpoint, read_history(checkpoint), folder / "work", None)
+    return trainer, (wanted, job_id(wanted), store, base, checkpoint, folder / "work", None)
 
 
 def test_the_version_is_the_trained_network_in_the_bases_layout(store, tmp_path) -> None:

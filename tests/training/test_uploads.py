@@ -92,14 +92,13 @@ def test_training_goes_on_while_checkpoints_wait_and_waits_when_there_are_too_ma
 
 def test_the_newest_checkpoint_is_the_one_recorded_last_once_it_is_whole(store, tmp_path) -> None:
     found = recorder(tmp_path)
-    with found.latest() as folder:
-        assert folder is None
+    assert found.latest() is None
     store.is_open.clear()
     found.record("step-1", {}, writing("one"))
     found.record("step-2", {}, writing("two"))
     threading.Timer(0.03, store.is_open.set).start()
-    with found.latest() as folder:
-        assert folder is not None and (folder / "state").read_text() == "two"
+    newest = found.latest()
+    assert newest is not None and newest.read_bytes("state") == b"two"
 
 
 @pytest.mark.parametrize("fault", ["store", "disk"])

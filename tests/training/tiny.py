@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from zenray.model.network import MoDE
 from zenray.model.weights import TensorPlan, TensorWriter
 from zenray.spec.training import DistillJob, PretrainJob
 from zenray.training.history import Event
+from zenray.training.reading import StoredCheckpoint
 from zenray.training.trainable import named_tensors
 
 END = 256
@@ -94,10 +94,9 @@ class FolderRecorder:
         self.root, self.dies_after = root, dies_after
         self.names: list[str] = []
 
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
+    def latest(self) -> StoredCheckpoint | None:
         done = sorted(self.root.glob("step-*")) if self.root.is_dir() else []
-        yield done[-1] if done else None
+        return StoredCheckpoint.at(done[-1]) if done else None
 
     def record(self, name: str, metrics: Event, write: Callable[[Path], None]) -> None:
         folder = self.root / "unfinished"

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from zenray.spec.errors import CorruptData
 from zenray.training.layout import layouts_of, local_part
 from zenray.training.optimizer import RULES, Rule
+from zenray.training.reading import StoredCheckpoint
 from zenray.training.trainable import named_tensors, publish_masters
 from zenray.training.trainer import Trainer
 
@@ -50,27 +51,40 @@ def write_state(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | 
         dcp.save(state, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
 
 
-def load(trainer: Trainer, folder: Path) -> int:
-    """Read what `save` wrote, at whatever layout, into the trainer; returns the steps done. Collective."""
+def load(trainer: Trainer, place: StoredCheckpoint | Path) -> int:
+    """Read what `save` wrote, at whatever layout, into the trainer; returns the steps done. Collective.
+
+    Each worker reads what it will hold, and no more.
+    """
     state: dict[str, Any] = _tensors(trainer)
     state["step"], state["updates"] = torch.tensor(0), torch.tensor(0)
     with _quiet():
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load(state, storage_reader=StoredCheckpoint.at(place).reader(), no_dist=not dist.is_initialized())
     for one in trainer.trainables:
         _rule(trainer).set_updates(trainer.optimizer, one.master, int(state["updates"]))
     publish_masters(trainer.trainables)
     return int(state["step"])
 
 
-def read_weight(folder: Path, name: str) -> Tensor:
+def weight_shapes(place: StoredCheckpoint | Path) -> dict[str, tuple[int, ...]]:
+    """Of the network's weights that a checkpoint has."""
+    found = StoredCheckpoint.at(place).metadata.state_dict_metadata
+    return {
+        name.removeprefix(_WEIGHT): tuple(about.size)
+        for name, about in found.items()
+        if name.startswith(_WEIGHT) and isinstance(about, TensorStorageMetadata)
+    }
+
+
+def read_weight(place: StoredCheckpoint | Path, name: str) -> Tensor:
     """One whole tensor of a checkpoint, by the network's name for it. CorruptData when it is not there."""
-    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
-    found = metadata.get(_WEIGHT + name)
+    checkpoint = StoredCheckpoint.at(place)
+    found = checkpoint.metadata.state_dict_metadata.get(_WEIGHT + name)
     if not isinstance(found, TensorStorageMetadata):
-        raise CorruptData(f"The checkpoint in {folder} has no weights {name!r}.")
+        raise CorruptData(f"The checkpoint in {checkpoint} has no weights {name!r}.")
     whole = torch.empty(found.size, dtype=found.properties.dtype)
     with _quiet():
-        dcp.load({_WEIGHT + name: whole}, checkpoint_id=folder, no_dist=True)
+        dcp.load({_WEIGHT + name: whole}, storage_reader=checkpoint.reader(), no_dist=True)
     return whole
 
 

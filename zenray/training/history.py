@@ -13,6 +13,7 @@ from typing import Any
 
 from zenray.spec.errors import Conflict
 from zenray.spec.versions import FileEntry
+from zenray.training.reading import StoredCheckpoint
 
 HISTORY_NAME = "history.jsonl"
 Event = dict[str, Any]
@@ -78,10 +79,9 @@ class History:
             sums["loads_tokens"] = sums.get("loads_tokens", 0) + tokens
 
 
-def read_history(folder: Path) -> list[Event]:
+def read_history(place: StoredCheckpoint | Path) -> list[Event]:
     """The events that a checkpoint carries."""
-    lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in StoredCheckpoint.at(place).read_bytes(HISTORY_NAME).splitlines()]
 
 
 def write_history(lines: list[str], folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +20,7 @@ from zenray.training.data.tokens import TokenFolder
 from zenray.training.faults import TAKE, Decision, data_step, decide
 from zenray.training.history import Event, History, plain, read_history, require_same_data, write_history
 from zenray.training.mesh import Mesh
+from zenray.training.reading import StoredCheckpoint
 from zenray.training.staging import Stager, Write
 from zenray.training.trainer import Trainer
 
@@ -28,8 +28,8 @@ from zenray.training.trainer import Trainer
 class Recorder(Protocol):
     """Where checkpoints go and come from: Ray Train, or a folder."""
 
-    def latest(self) -> AbstractContextManager[Path | None]:
-        """The newest checkpoint, whole, in a folder that exists within the context; None for a new run. Collective."""
+    def latest(self) -> StoredCheckpoint | None:
+        """The newest checkpoint, whole; None for a new run. Collective."""
         ...
 
     def record(self, name: str, metrics: Event, write: Write) -> None:
@@ -188,12 +188,12 @@ class _Run:
 
     def take_up(self) -> None:
         """From the newest checkpoint, where there is one."""
-        with self.recorder.latest() as folder:
-            if folder is not None:
-                self.done = self.checkpoint = load(self.trainer, folder)
-                self._remember(read_history(folder))
-                require_same_data(self.history.events, self.data.identities)
-                self.tell({"event": "resumed", "step": self.done})
+        found = self.recorder.latest()
+        if found is not None:
+            self.done = self.checkpoint = load(self.trainer, found)
+            self._remember(read_history(found))
+            require_same_data(self.history.events, self.data.identities)
+            self.tell({"event": "resumed", "step": self.done})
 
     def step(self) -> Decision:
         """One step, learnt from or not."""
@@ -218,10 +218,10 @@ class _Run:
         """To the newest checkpoint; its steps come again with the data after that of the step which was at fault."""
         bad = self.done
         earlier = [e for e in self.history.events if e["event"] == "rolled_back" and e["step"] == self.checkpoint]
-        with self.recorder.latest() as folder:
-            assert folder is not None
-            self.done = load(self.trainer, folder)
-            history = read_history(folder)
+        found = self.recorder.latest()
+        assert found is not None
+        self.done = load(self.trainer, found)
+        history = read_history(found)
         this = {"event": "rolled_back", "step": self.done, "from": bad, "fault": reason}
         self._remember([*history, *(event for event in earlier if event not in history), this])
         self.tell(this)

@@ -69,7 +69,7 @@ def machines_of_cluster() -> list[Resources]:
 
 
 def can_grow() -> bool:
-    """Whether other machines may join: not where Ray listens on loopback alone, as it does on one machine. Needs Ray."""
+    """Whether machines may join: not where Ray listens on loopback alone, as it does on one machine. Needs Ray."""
     return not all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes())
 
 

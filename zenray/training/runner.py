@@ -17,7 +17,6 @@ import ray
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 from zenray.model.balance import load_report
 from zenray.model.hf.export import STOCK_FORMATS, choose_target, export
@@ -35,12 +34,13 @@ from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, publish
 from zenray.training.attempts import Attempt, fit
-from zenray.training.checkpointing import read_weight
+from zenray.training.checkpointing import read_weight, weight_shapes
 from zenray.training.context_parallel import check_experts
 from zenray.training.data.shards import TokenShards, tokenise_on_cluster
 from zenray.training.events import EventPlace
 from zenray.training.history import HISTORY_NAME, Event, files_in, identities_in, read_history
 from zenray.training.networks import Checkpoint, write_checkpoint
+from zenray.training.reading import StoredCheckpoint
 from zenray.training.report import REPORT_NAME, write_report
 from zenray.training.stages import check_stages
 from zenray.training.trainable import choose
@@ -106,9 +106,8 @@ def run(
         )
     if result.checkpoint is None:
         raise ZenrayError(f"Run {name} ended without a checkpoint.")
-    with result.checkpoint.as_directory() as folder:
-        history = read_history(Path(folder))
-        manifest = publish_result(job, name, store, base, Path(folder), history, work_dir, progress)
+    checkpoint = StoredCheckpoint(result.checkpoint.filesystem, result.checkpoint.path)
+    manifest = publish_result(job, name, store, base, checkpoint, work_dir, progress)
     _drop_checkpoints(storage, name)
     return manifest
 
@@ -167,16 +166,18 @@ def publish_result(
     name: str,
     store: ObjectStore,
     base: Checkpoint,
-    folder: Path,
-    history: list[Event],
+    checkpoint: StoredCheckpoint,
     work_dir: Path,
     progress: Progress | None,
 ) -> Manifest:
     """Whole tensors out of the checkpoint, one at a time, in the base version's layout and dtype."""
+    history = read_history(checkpoint)
+    # As the base version has them; a dense base's names are the same.
+    plans = [TensorPlan(name, shape, base.dtype_of(name)) for name, shape in weight_shapes(checkpoint).items()]
     with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{job.name}-") as scratch:
         made = Path(scratch, "safetensors")
-        write_checkpoint(base, _plans(base, folder), lambda plan: _read(base, folder, plan), made)
-        (made / HISTORY_NAME).write_bytes((folder / HISTORY_NAME).read_bytes())
+        write_checkpoint(base, plans, lambda plan: _read(base, checkpoint, plan), made)
+        (made / HISTORY_NAME).write_bytes(checkpoint.read_bytes(HISTORY_NAME))
         page = write_report(f"{job.into.model}@{job.into.version}", history, job.model_dump(mode="json"))
         (made / REPORT_NAME).write_text(page, encoding="utf-8")
         store.put_bytes(report_key(name), page.encode())
@@ -194,21 +195,10 @@ def publish_result(
         return publish(store, ref, made, parents=parents, metadata=metadata, progress=progress)
 
 
-def _read(base: Checkpoint, folder: Path, plan: TensorPlan) -> Tensor:
+def _read(base: Checkpoint, checkpoint: StoredCheckpoint, plan: TensorPlan) -> Tensor:
     """A trained tensor, or a frozen one as it was before it was rounded for the arithmetic."""
-    found = read_weight(folder, plan.name)
+    found = read_weight(checkpoint, plan.name)
     return base.read(plan.name) if found.dtype.itemsize < plan.dtype.itemsize else found
-
-
-def _plans(base: Checkpoint, folder: Path) -> list[TensorPlan]:
-    """The network's tensors as the base version has them; a dense base's names are the same."""
-    shapes = FileSystemReader(folder).read_metadata().state_dict_metadata
-    names = [key.removeprefix("weights.") for key in shapes if key.startswith("weights.")]
-    found = []
-    for name in names:
-        shape = shapes[f"weights.{name}"].size
-        found.append(TensorPlan(name, tuple(shape), base.dtype_of(name)))
-    return found
 
 
 def _even(steps: list[Event]) -> list[float]:

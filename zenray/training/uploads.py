@@ -7,9 +7,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from zenray.spec.errors import StorageUnavailable
 from zenray.spec.training import Checkpoints
+from zenray.training.reading import StoredCheckpoint
 
 _LONGEST_WAIT_S = 15
 _CHUNK_BYTES = 16 << 20
@@ -43,15 +43,10 @@ class RayRecorder:
         shutil.rmtree(scratch, ignore_errors=True)  # of a worker of this place that died
         scratch.mkdir(parents=True, exist_ok=True)
 
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
+    def latest(self) -> StoredCheckpoint | None:
         self.settle()
         found = self._sent[-1].result() if self._sent else ray.train.get_checkpoint()
-        if found is None:
-            yield None
-            return
-        with found.as_directory() as folder:
-            yield Path(folder)
+        return None if found is None else StoredCheckpoint(found.filesystem, found.path)
 
     def record(self, name: str, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         self._room.acquire()
