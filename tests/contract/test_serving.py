@@ -112,6 +112,19 @@ def test_a_revision_that_takes_over_begins_with_as_many_replicas_as_it_is_told()
     assert (kwargs["start_replicas"], kwargs["start_hold_s"]) == (8, 420)
 
 
+def test_vllm_has_a_kernel_on_the_cpu_for_what_control_lets_run_there() -> None:
+    import torch
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+    from vllm.scalar_type import scalar_types
+
+    shape = (256, 512)
+    awq = MPLinearLayerConfig(shape, shape, scalar_types.uint4, torch.bfloat16, 64, zero_points=True)
+    assert choose_mp_linear_kernel(awq).__name__ == "CPUWNA16LinearKernel"
+    gptq = MPLinearLayerConfig(shape, shape, scalar_types.uint8b128, torch.bfloat16, 64, zero_points=False)
+    with pytest.raises(ValueError, match="Failed to find a kernel"):  # else: take gptq-int8 out of _ON_GPUS_ONLY
+        choose_mp_linear_kernel(gptq)
+
+
 def test_ray_serve_takes_the_application_as_it_is_built(tmp_path: Any) -> None:
     from zenray.serving.app import build
 
