@@ -104,7 +104,7 @@ class Trainer:
         choose(model, job.train, dtype)
         parallelize(model, self.mesh)
         if job.workers.compiled:
-            compile_layers(model, job.activation_checkpointing)
+            compile_layers(model, job.activation_checkpointing, self.mesh.device, dtype)
         recompute(model, job.activation_checkpointing)
         self.objective = self._place(model, dtype, self.bank_sizes, has_head=self.mesh.is_last_stage)
         self.pipeline = Pipeline(self.mesh, model.config.hidden_size, dtype) if self.mesh.stages > 1 else None
