@@ -105,9 +105,9 @@ class Run:
         return {name: tensors.read(name) for name in tensors.names}
 
     def history(self) -> Steps:
-        """The published history without times, and without what tells of restarts."""
+        """The published history without times and places, and without what tells of restarts."""
         lines = (self.result() / "history.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+        return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "files")} for line in lines]
 
 
 def finished(driver: subprocess.Popen[str], timeout_s: float = 2 * PATIENCE_S) -> str:
