@@ -141,8 +141,7 @@ def train(
     job, run = trainer.job, _Run(trainer, data, recorder, tell, notice)
     run.take_up()
     if not run.history.events:
-        files = [file.model_dump() for file in data.files]
-        run.note({"event": "data", "step": 0, "domains": data.identities, "files": files})
+        run.begin()
         run.evaluate(with_teachers=True)
     while run.done < job.steps:
         decision = run.step()
@@ -185,6 +184,12 @@ class _Run:
     def _remember(self, kept: list[Event]) -> None:
         self.history.restore(kept)
         self._shift = data_step(self.history.events, 0)
+
+    def begin(self) -> None:
+        """Note what is read. Its files, which may be very many, are kept and not told."""
+        about: Event = {"event": "data", "step": 0, "domains": self.data.identities}
+        self.history.add({**about, "files": [file.model_dump() for file in self.data.files]})
+        self.tell(about)
 
     def take_up(self) -> None:
         """From the newest checkpoint, where there is one."""
