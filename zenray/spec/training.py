@@ -139,7 +139,7 @@ class Checkpoints(Document):
     """Written in the background while training goes on. A run that is started again goes on from the last one."""
 
     every_steps: int = Field(100, ge=1)
-    keep: int = Field(2, ge=1, description="Of the newest; older ones are deleted.")
+    keep: int = Field(2, ge=1, description="Of the newest; older ones are deleted, and all once the version is there.")
     upload_patience_s: float = Field(
         600, ge=0, description="A store that is away is tried again for so long, then the run fails."
     )
