@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from zenray.spec.errors import InvalidDocument
+from zenray.spec.evaluation import EvaluateJob
 from zenray.spec.job_events import Note, Step, in_words, parse_event
 from zenray.spec.job_life import JobState
 from zenray.spec.jobs import PipelineJob, job_id, load_job, read_job, with_absolute_paths
@@ -30,6 +31,7 @@ phases:
     into: {model: served, version: v1}
     least_accuracy: {quiz: 0.3}
 """
+TEXT = {"sources": [{"domain": "all", "path": "all.jsonl"}], "sequence_tokens": 8, "validation_share": 0.1}
 
 
 def write(folder: Path, text: str = PIPELINE) -> Path:
@@ -87,6 +89,20 @@ def test_a_job_is_the_same_with_other_workers_and_another_with_another_seed(tmp_
     evaluation = job.phases[1]
     elsewhere = job.model_copy(update={"phases": (upcycle, evaluation.model_copy(update={"gpu": True}), job.phases[2])})
     assert job_id(elsewhere) == job_id(job)
+
+
+def test_a_default_that_is_written_and_a_field_that_is_new_leave_the_id_alone(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path))
+    written = load_job(write(tmp_path, PIPELINE.replace("name: grow\n", "name: grow\n    seed: 0\n")))
+    assert "seed" in written.phases[0].model_fields_set  # type: ignore[union-attr]
+    assert job_id(written) == job_id(job)
+
+    class Later(EvaluateJob):
+        with_a_new_measure: bool = False
+
+    about = {"kind": "evaluate", "name": "look", "version": {"model": "mode"}, "text": TEXT}
+    before = job_id(EvaluateJob(**about))
+    assert job_id(Later(**about)) == before != job_id(Later(**about, with_a_new_measure=True))
 
 
 def test_states_that_are_over_are_the_ones_that_can_be_resumed_or_left() -> None:

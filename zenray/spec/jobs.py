@@ -95,10 +95,11 @@ def _schema(kind: str, where: str) -> type[Job]:
 def job_id(job: Document) -> str:
     """The job's name and a digest of all that changes its result: another file is another job, never a resumed one.
 
-    Not of `workers`, which change little of the result (see there): a job may go on with more or fewer. For a job whose
+    Not of `workers`, which change little of the result (see there): a job may go on with more or fewer. Nor of what is
+    as it is by default, written or not: a field that is new leaves the ids of jobs without it alone. For a job whose
     versions are pinned (zenray.storage.pinning), so that it means the same later.
     """
-    about = _of_the_result(job.model_dump(mode="json"))
+    about = _of_the_result(job.model_dump(mode="json", exclude_defaults=True))
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return f"{about['name']}-{digest[:12]}"
 
