@@ -153,6 +153,16 @@ def test_impossible_config_json_is_refused(tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_a_version_without_a_setting_for_experts_that_choose_is_what_it_was(renormalize: bool) -> None:
+    config = replace(CONFIG, router=RouterConfig(renormalize=renormalize))
+    saved = ZenModeConfig.from_mode(config).to_dict()
+    assert ZenModeConfig(**saved).to_mode().router.expert_choice_renormalize is False
+    del saved["router"]["expert_choice_renormalize"]
+    assert ZenModeConfig(**saved).to_mode().router.expert_choice_renormalize is renormalize
+    assert "expert_choice_renormalize" not in saved["router"]
+
+
 def test_what_it_cannot_return_is_refused_not_ignored():
     model = ZenModeForCausalLM(ZenModeConfig.from_mode(CONFIG))
     with pytest.raises(InvalidValue, match="hidden states"):

@@ -68,6 +68,9 @@ class ZenModeConfig(PreTrainedConfig):
     def to_mode(self) -> MoDEConfig:
         """The network's own configuration. Raises InvalidValue for what cannot be built."""
         layer_types = self.layer_types or []
+        router = self.router or {}
+        if router:  # in versions from before it was a setting of its own, experts that choose followed `renormalize`
+            router = {"expert_choice_renormalize": router.get("renormalize", True), **router}
         return MoDEConfig.from_dict(
             {
                 "vocab_size": self.vocab_size,
@@ -79,7 +82,7 @@ class ZenModeConfig(PreTrainedConfig):
                 "head_dim": self.head_dim,
                 "sparse_layers": self.sparse_layers,
                 "expert_groups": self.expert_groups,
-                "router": self.router or {},
+                "router": router,
                 "expert_choice_layers": self.expert_choice_layers,
                 "shared_expert_width": self.shared_expert_width,
                 "shared_expert_gate": self.shared_expert_gate,
