@@ -40,7 +40,7 @@ def signals(running: int = 1, mean: float = 0, newest: float | None = None, **fi
 
 
 def wanted_now(load: Signals, targets: Targets, limit: Limit | None = None) -> int:
-    return replicas_wanted(wishes(load, targets, Memory(begun_at_s=0.0, limit=limit), 0.0))
+    return replicas_wanted(wishes(load, targets, Memory(begun_at_s=0.0, starts=True, limit=limit), 0.0))
 
 
 class TestOngoingRequests:
@@ -127,7 +127,7 @@ class Loop:
         if self.now_s >= self.ready_at_s:
             self.running = self.target
         seen = replace(load, running=max(1, self.running), target=self.target, most=self.most)
-        wanted, self.memory = decide(seen, self.targets, self.memory, self.now_s)
+        wanted, self.memory, _ = decide(seen, self.targets, self.memory, self.now_s)
         wanted = max(1, min(self.most, wanted))
         if wanted > self.target:
             self.ready_at_s = self.now_s + self.start_s
@@ -163,12 +163,12 @@ class TestOverTime:
         """Ray's upscale delay asks whether more are wanted all the time: a remembered peak must not answer."""
         loop = Loop(TARGETS)
         loop.step(signals(mean=2))
-        wanted, memory = decide(signals(1, mean=10), TARGETS, loop.memory, 1.0)
+        wanted, memory, _ = decide(signals(1, mean=10), TARGETS, loop.memory, 1.0)
         assert wanted == 5
         assert decide(signals(1, mean=2), TARGETS, memory, 2.0)[0] == 1  # Ray did not grow: one is there
 
     def test_who_has_just_begun_to_look_takes_nothing_away(self) -> None:
-        wanted, memory = decide(signals(5, mean=0), TARGETS, None, 100.0)
+        wanted, memory, _ = decide(signals(5, mean=0), TARGETS, None, 100.0)
         assert wanted == 5
         assert decide(signals(5, mean=0), TARGETS, memory, 109.9)[0] == 5
         assert decide(signals(5, mean=0), TARGETS, memory, 110.1)[0] == 0
@@ -180,6 +180,16 @@ class TestOverTime:
         for second in range(100):
             loop.step(signals(mean=0 if second < 50 else 12))
         assert loop.targets_seen == [8] * 70 + [6] * 30  # held, then the usual delay, then what the load needs
+
+    def test_who_wakes_or_is_looked_at_anew_does_not_grow_to_its_start(self) -> None:
+        """Ray keeps nothing of us over a sleep, nor over a restart of Serve's controller; the targets stay as given."""
+        targets = replace(TARGETS, start_replicas=8, start_hold_s=60)
+        for awake in (1, 3):
+            loop = Loop(targets)
+            loop.running = loop.target = awake
+            for _ in range(30):
+                loop.step(signals(mean=2))
+            assert loop.targets_seen == [awake] * 10 + [1] * 20
 
     @given(st.lists(st.integers(0, 40), min_size=20, max_size=60), st.integers(1, 8))
     def test_it_never_falls_below_what_the_last_seconds_needed(self, loads: list[int], start_s: int) -> None:
@@ -218,10 +228,10 @@ class TestFirstTokens:
         return signals(running, load, first_tokens=of, late_first_tokens=late, **fields)
 
     def limit_after(self, load: Signals, *, memory: Memory | None = None, now_s: float = 100.0) -> Limit | None:
-        return decide(load, self.targets, memory, now_s)[1].limit
+        return decide(load, self.targets, memory, now_s).memory.limit
 
     def test_late_tokens_give_a_replica_fewer_requests(self) -> None:
-        wanted, memory = decide(self.late(10), self.targets, None, 100.0)
+        wanted, memory, _ = decide(self.late(10), self.targets, None, 100.0)
         assert (wanted, memory.limit) == (2, Limit(8.0, 100.0))
         assert decide(self.late(10), self.targets, memory, 101.0)[0] == 3  # 20 requests, 8 each
 
@@ -241,7 +251,7 @@ class TestFirstTokens:
         assert self.limit_after(self.late(10), memory=replace(short, short_at_s=60)) is not None
 
     def test_a_second_cut_waits_for_tokens_that_came_after_the_first(self) -> None:
-        memory = decide(self.late(10), self.targets, None, 100.0)[1]
+        memory = decide(self.late(10), self.targets, None, 100.0).memory
         assert self.limit_after(self.late(7.5), memory=memory, now_s=129.0) == memory.limit
         again = self.limit_after(self.late(7.5), memory=memory, now_s=131.0)
         assert again is not None and again.requests == pytest.approx(CUT * 7.5)
@@ -277,7 +287,7 @@ def replayed(entries: Iterable[dict[str, Any]], targets: Targets) -> list[int]:
             decided.append(entry["target"])
             continue
         fields = {key: value for key, value in entry.items() if key not in ("at_s", "decided")}
-        wanted, memory = decide(Signals(**fields), targets, memory, entry["at_s"])
+        wanted, memory, _ = decide(Signals(**fields), targets, memory, entry["at_s"])
         decided.append(wanted)
     return decided
 

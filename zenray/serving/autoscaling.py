@@ -9,7 +9,7 @@ from typing import Any
 import ray.util.metrics
 
 from zenray.serving.policy_metrics import PolicyMetrics
-from zenray.serving.scaling import Memory, Signals, Targets, decide, wishes
+from zenray.serving.scaling import Signals, Targets, decide
 from zenray.spec.deployments import Autoscaling
 from zenray.spec.serving import Start
 
@@ -65,12 +65,9 @@ class Policy:
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         if ctx.current_num_replicas == 0:
             return ctx.target_num_replicas, {}
-        memory: Memory = ctx.policy_state.get(_MEMORY) or Memory(begun_at_s=ctx.current_time)
-        signals = signals_of(ctx)
-        wished = wishes(signals, self._targets, memory, ctx.current_time)
-        self._metrics.wished(ctx.deployment_name, ctx.app_name, wished)
-        wanted, memory = decide(signals, self._targets, memory, ctx.current_time)
-        return wanted, {_MEMORY: memory}
+        decision = decide(signals_of(ctx), self._targets, ctx.policy_state.get(_MEMORY), ctx.current_time)
+        self._metrics.wished(ctx.deployment_name, ctx.app_name, decision.wished)
+        return decision.replicas, {_MEMORY: decision.memory}
 
 
 def signals_of(ctx: Any) -> Signals:

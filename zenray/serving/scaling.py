@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 FIRST_TOKENS_WINDOW_S = 30.0
 LATE_SHARE = 0.01  # "p99 is late": more than one in a hundred
@@ -74,17 +75,25 @@ class Limit:
 class Memory:
     """What is kept from one decision to the next."""
 
-    begun_at_s: float
+    begun_at_s: float  # anew after each sleep
+    starts: bool = False  # it was seen first with as many replicas as it was started with
     short_since_s: float | None = None  # more replicas have been wanted than there are to be, all the time since
     short_at_s: float | None = None  # when fewer ran than were wanted, last
     peaks: tuple[tuple[float, int], ...] = ()  # (when, replicas wanted): each later one is lower
     limit: Limit | None = None
 
 
-def decide(signals: Signals, targets: Targets, memory: Memory | None, now_s: float) -> tuple[int, Memory]:
-    """The replicas to have, before Ray's bounds; and what to remember."""
-    memory = memory or Memory(begun_at_s=now_s)
-    wanted = replicas_wanted(wishes(signals, targets, memory, now_s))
+class Decision(NamedTuple):
+    replicas: int  # to have, before Ray's bounds
+    memory: Memory
+    wished: dict[str, float]  # see `wishes`
+
+
+def decide(signals: Signals, targets: Targets, memory: Memory | None, now_s: float) -> Decision:
+    """`memory`: of the last decision; None: the first one, or the first after a sleep."""
+    memory = memory or Memory(begun_at_s=now_s, starts=0 < targets.start_replicas <= signals.target)
+    wished = wishes(signals, targets, memory, now_s)
+    wanted = replicas_wanted(wished)
     short_since_s: float | None = None
     if wanted > signals.target:
         short_since_s = now_s if memory.short_since_s is None else memory.short_since_s
@@ -98,20 +107,21 @@ def decide(signals: Signals, targets: Targets, memory: Memory | None, now_s: flo
     if short_since_s is not None:
         # Whoever waits in a queue already needs no proof that the load lasts.
         grows = now_s - short_since_s >= targets.upscale_delay_s or by_queue(signals, targets.waiting_requests) > 0
-        return (wanted if grows else signals.target), memory
+        return Decision(wanted if grows else signals.target, memory, wished)
     seen_whole_delay = now_s - memory.begun_at_s >= targets.downscale_delay_s
     held = memory.peaks[0][1] if seen_whole_delay else signals.target
-    return min(signals.target, held), memory
+    return Decision(min(signals.target, held), memory, wished)
 
 
 def wishes(signals: Signals, targets: Targets, memory: Memory, now_s: float) -> dict[str, float]:
     """The replicas that each signal asks for, for this very load; 0: it has no opinion.
 
     "first_tokens": by the requests that a replica can have, as was learnt. "start": what a revision that takes over
-    keeps until its load has come.
+    keeps until its load has come. Who wakes, or is looked at anew after Serve's controller was restarted, does not grow
+    to it.
     """
     limit = memory.limit.now(now_s, targets.ongoing_requests) if memory.limit else None
-    starts = now_s - memory.begun_at_s < targets.start_hold_s
+    starts = memory.starts and now_s - memory.begun_at_s < targets.start_hold_s
     return {
         "requests": by_requests(signals, targets.ongoing_requests),
         "queue": by_queue(signals, targets.waiting_requests),
