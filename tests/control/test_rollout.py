@@ -179,6 +179,14 @@ def test_it_begins_within_its_own_bounds(served_by: int, bounds: Autoscaling, ex
     assert (begun.replicas if begun else None) == expected
 
 
+def test_one_that_serves_and_that_ray_has_lost_comes_back_as_its_load_needs() -> None:
+    old = app("a", App.RUNNING, replicas=8)
+    serving = decide(rollout(), serve(old, app("b", App.RUNNING, replicas=8)), 50.0)
+    assert decide(serving, serve(app("b", App.RUNNING, replicas=2)), 999.0).revisions[1].start is not None
+    assert decide(serving, serve(), 999.0).revisions[1].start is None
+    assert decide(rollout(), serve(old), 999.0).revisions[1].start is not None  # it is still to take over
+
+
 def test_a_first_start_has_nobody_to_follow() -> None:
     first = decide(view(revision("a", Phase.QUEUED, spec=WIDE)), serve(), 1.0)
     assert first.revisions[0].start is None
@@ -205,11 +213,17 @@ def test_without_room_for_all_it_takes_over_with_those_that_run() -> None:
     assert phases(decide(trial, serve(old, part), 51.0 + FILL_WAIT_S)) == phases(trial)
 
 
-def test_one_that_loses_its_first_replicas_is_waited_for_anew() -> None:
-    old = app("a", App.RUNNING, replicas=8)
-    filling = decide(rollout(), serve(old, app("b", App.DEPLOYING, replicas=1)), 50.0)
-    lost = decide(filling, serve(old, app("b", App.DEPLOYING)), 60.0)
-    assert phases(lost)["b"] is Phase.CANDIDATE
+def test_one_that_loses_its_first_replicas_is_waited_for_no_longer() -> None:
+    """A replica that comes and goes starts no time anew; only an application that Ray has lost does."""
+    old, part, none = app("a", App.RUNNING, replicas=8), app("b", App.DEPLOYING, replicas=1), app("b", App.DEPLOYING)
+    filling = decide(rollout(), serve(old, part), 50.0)
+    flapping = filling
+    for second in range(60, 300, 10):
+        flapping = decide(flapping, serve(old, none if second % 20 else part), float(second))
+    assert flapping.revisions == filling.revisions
+    assert phases(decide(flapping, serve(old, part), 50.0 + FILL_WAIT_S))["b"] is Phase.SERVING
+    assert phases(decide(flapping, serve(old, none), 51.0 + START_TIMEOUT_S))["b"] is Phase.FAILED
+    assert phases(decide(flapping, serve(old), 60.0))["b"] is Phase.CANDIDATE
     broken = decide(filling, serve(old, app("b", App.DEPLOY_FAILED, message="out of memory")), 60.0)
     assert phases(broken) == {"a": Phase.SERVING, "b": Phase.FAILED}
 

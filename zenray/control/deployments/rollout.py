@@ -38,7 +38,7 @@ class Phase(StrEnum):
 
     QUEUED = "queued"  # waits until an older application of the same name is gone
     CANDIDATE = "candidate"  # is to run; takes no traffic yet
-    FILLING = "filling"  # a candidate, and some of its replicas run
+    FILLING = "filling"  # a candidate, and some of its replicas run, or did
     CANARY = "canary"  # takes a share of the traffic, beside the one that serves
     SERVING = "serving"  # takes the traffic
     DRAINING = "draining"  # gets no new traffic; is deleted soon
@@ -92,6 +92,7 @@ class DeploymentView:
 
 def decide(view: DeploymentView, status: ServeStatus, now: float, seen: Seen = Seen()) -> DeploymentView:
     """The deployment as it should be written down now. `seen`: what gateways saw of its canary."""
+    view = replace(view, revisions=tuple(_given_again(revision, status) for revision in view.revisions))
     if view.stop:
         return _wind_down(view, status, now)
     by_name = {revision.name: revision for revision in view.revisions}
@@ -117,6 +118,12 @@ def start_of(view: DeploymentView, status: ServeStatus) -> Start | None:
         return None
     trial_s = view.canary.for_s if view.canary is not None else 0.0
     return Start(replicas=replicas, hold_s=FILL_WAIT_S + trial_s + LOAD_SETTLES_S)
+
+
+def _given_again(revision: RevisionView, status: ServeStatus) -> RevisionView:
+    """One that serves and that Ray has lost comes back as its autoscaling says: its load needs no start to wait for."""
+    lost = revision.phase is Phase.SERVING and revision.name not in status.applications
+    return replace(revision, start=None) if lost else revision
 
 
 def unreachable(view: DeploymentView, reason: str) -> DeploymentView:
@@ -149,8 +156,10 @@ def _advance(
     waited = fills and revision.phase is Phase.FILLING and now - revision.since >= FILL_WAIT_S
     if waited or (app is not None and _is_ready(revision.spec, app)):
         return replace(revision.to(Phase.CANARY if canary else Phase.SERVING, now), was_ready=not canary)
-    if fills is not (revision.phase is Phase.FILLING):
-        return revision.to(Phase.FILLING if fills else Phase.CANDIDATE, now)
+    if fills and revision.phase is Phase.CANDIDATE:
+        return revision.to(Phase.FILLING, now)
+    if app is None and revision.phase is Phase.FILLING:
+        return revision.to(Phase.CANDIDATE, now)  # Ray has lost it, and is given it again
     if now - revision.since > START_TIMEOUT_S:
         said = f" Ray Serve says: {app.message}" if app and app.message else ""
         return revision.to(Phase.FAILED, now, f"No replica was ready after {START_TIMEOUT_S / 60:.0f} minutes.{said}")
