@@ -272,6 +272,9 @@ def test_an_image_takes_no_room_from_an_output_that_nobody_asked_for_but_its_tex
 
     assert admission.bound(question("what?"), seeing) == Bounds(1000, 200, False)
     assert admission.bound(question("x" * 900, max_tokens=7), seeing) == Bounds(1000, 7, False)
+    # Nor does it beside tools, which count as they are rendered.
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    assert admission.bound(question("what?", tools=[tool]), seeing) == Bounds(1000, 200, False)
     # An engine that counts the text refuses a `max_tokens` that does not fit beside it.
     long = question("x" * 900)
     assert admission.bound(long, seeing) is None

@@ -254,7 +254,7 @@ def input_bound_tokens(asked: Asked, route: Route) -> int:
     if asked.endpoint is Endpoint.CHAT:
         tools = asked.body.get("tools")
         if tools:
-            extra_bytes = _RENDERED_AGAIN * len(orjson.dumps(tools))
+            extra_bytes += _RENDERED_AGAIN * len(orjson.dumps(tools))
         for message in asked.body["messages"]:
             calls = message.get("tool_calls")
             if calls:
