@@ -55,6 +55,7 @@ def source(package: str, file: str) -> str:
 def labels_of(name: str, known: dict[str, set[str]]) -> set[str]:
     """Of an existing metric, as Prometheus gets it: vLLM's and Serve's come through Ray, which puts `ray_` before."""
     if name.startswith("ray_vllm_"):
+        assert "inter_token_latenc" not in name, "replicas do not tell Ray of each token (engine/vllm.py)"
         assert f'"vllm:{name.removeprefix("ray_vllm_")}"' in source("vllm", "v1/metrics/loggers.py"), name
         assert '"ReplicaId"' in source("vllm", "v1/metrics/ray_wrappers.py")
         return {"model_name", "engine", "ReplicaId"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 from zenray.serving.engine.base import EngineLaunch, EngineLoad
 from zenray.serving.engine.load import FirstTokens
 from zenray.serving.engine.scripted_replica import ScriptedReplicaEngine
-from zenray.serving.engine.vllm import Observed
+from zenray.serving.engine.vllm import Observed, ray_stat_logger
 from zenray.spec.deployments import EngineSettings
 
 
@@ -44,6 +46,29 @@ def test_vllms_statistics_are_summed_over_data_parallel_engines() -> None:
     )
     # An idle engine takes no step, and so never says that its last request is gone.
     assert observed.load(11.0, idle=True) == EngineLoad(first_tokens=3, late_first_tokens=1)
+
+
+def test_ray_is_not_told_of_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the loggers after it are. vLLM itself is not imported, which takes seconds; that it has the name is read."""
+    told = []
+
+    class Logger:
+        def record(self, *what: object) -> None:
+            told.append(what)
+
+    name = "vllm.v1.metrics.ray_wrappers"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(RayPrometheusStatLogger=Logger))
+    logger = ray_stat_logger()()
+    stats = SimpleNamespace(inter_token_latencies_iter=[0.1, 0.2], time_to_first_tokens_iter=[0.3])
+    logger.record("scheduler", stats, None, 1)
+    logger.record("scheduler", None)
+    ours = SimpleNamespace(inter_token_latencies_iter=[], time_to_first_tokens_iter=[0.3])
+    assert told == [("scheduler", ours, None, 1), ("scheduler", None, None, 0)]
+    assert stats.inter_token_latencies_iter == [0.1, 0.2]
+    found = importlib.util.find_spec("vllm")
+    assert found is not None and found.origin is not None
+    logs = (Path(found.origin).parent / "v1/metrics/loggers.py").read_text()
+    assert "in iteration_stats.inter_token_latencies_iter:" in logs
 
 
 async def test_a_scripted_engine_reports_what_it_does(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import json
 import math
 import multiprocessing
@@ -59,7 +60,6 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.loggers import PrometheusStatLogger
-        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
         engine_args = AsyncEngineArgs(**engine_arguments(self._launch, folder, draft))
         frontend_args = FrontendArgs(enable_prompt_tokens_details=True, disable_fastapi_docs=True)
@@ -71,7 +71,7 @@ class VllmEngine:
                 disable_log_stats=engine_args.disable_log_stats,
                 # Among Ray's metrics for whoever watches the cluster, and on the replica's own /metrics. In this order:
                 # each takes away what is registered for the latter.
-                stat_loggers=[self._observed.stat_logger, RayPrometheusStatLogger, PrometheusStatLogger],
+                stat_loggers=[self._observed.stat_logger, ray_stat_logger(), PrometheusStatLogger],
             )
         # vLLM's own command line makes one namespace of both, too.
         args = argparse.Namespace(**(vars(frontend_args) | vars(engine_args)))
@@ -153,6 +153,27 @@ class Observed:
             first_tokens=count,
             late_first_tokens=late,
         )
+
+
+def ray_stat_logger() -> Any:
+    """vLLM's logger for Ray, without the time from token to token: that is a call into Ray for each token of each
+    stream, on the event loop that serves them. A request's mean is still told when it is over."""
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    class PerRequest(RayPrometheusStatLogger):
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            if iteration_stats is not None:
+                iteration_stats = copy.copy(iteration_stats)  # the other loggers have the same one
+                iteration_stats.inter_token_latencies_iter = []
+            super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+
+    return PerRequest
 
 
 @contextmanager
