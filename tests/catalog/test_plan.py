@@ -185,7 +185,9 @@ def test_a_teacher_costs_its_forward_pass_and_its_weights() -> None:
     extra = taught.speed.flops_per_token - alone.speed.flops_per_token
     assert extra == pytest.approx(2 * 7e9, rel=0.2)
     eighth_of_the_teacher = 2 * 7e9 / 8
-    assert taught.fullest.loss.teachers > eighth_of_the_teacher
+    assert 8 * eighth_of_the_teacher > taught.fullest.loss.teachers > eighth_of_the_teacher
+    kept = plan_training(job(teachers=[{**teacher, "top_logits": 64}]), CATALOG, EIGHT)
+    assert kept.fullest.loss.teachers > 8 * eighth_of_the_teacher, "it lies whole on every worker"
 
 
 def test_on_cpus_only_the_memory_is_reckoned() -> None:

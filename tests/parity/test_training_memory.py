@@ -20,6 +20,7 @@ from tests.parity.training_ranks import BASE, DIVERSE
 from zenray.catalog.plan import layout_of, settings_of
 from zenray.catalog.training_memory import (
     Settings,
+    Teacher,
     layer_activations,
     stage_weights,
     step_memory,
@@ -148,12 +149,15 @@ def test_the_weights_are_the_networks(config: MoDEConfig) -> None:
 
 @pytest.mark.parametrize("train", [("dense", "routers", "experts"), ("experts",), ("routers", "dense")], ids="-".join)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_gradients_and_moments_of_one_worker_are_exact(dtype: str, train: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("config", [MIXTURE, BLOCKS], ids=["shared", "blocks"])
+def test_weights_gradients_and_moments_of_one_worker_are_exact(
+    config: MoDEConfig, dtype: str, train: tuple[str, ...]
+) -> None:
     asked = job(dtype=dtype, train=train)
-    trainer = Trainer(MoDE(MIXTURE), asked)
-    trainer.step(0, [batch(MIXTURE.vocab_size)])
+    trainer = Trainer(MoDE(config), asked)
+    trainer.step(0, [batch(config.vocab_size)])
     layout = layout_of(asked)
-    said = step_memory(MIXTURE.dimensions(), every_layer(MIXTURE), layout, settings_of(asked, layout)).backward_ends
+    said = step_memory(config.dimensions(), every_layer(config), layout, settings_of(asked, layout)).backward_ends
     assert said.weights + said.moments == nbytes(of_trainer(trainer))
     assert said.gradients == sum(one.gradient.nbytes for one in trainer.trainables)
 
@@ -282,7 +286,7 @@ def test_the_fullest_moment_of_a_step(dtype: str, recomputed: str, passes: int, 
     changes = {"teachers": [{"version": {"model": "teacher"}}]} if teachers else {}
     asked = job(dtype=dtype, activation_checkpointing=recomputed, sequences_per_step=passes * SEQUENCES, **changes)
     batches = [batch(MIXTURE.vocab_size) for _ in range(passes)]
-    trainer = Trainer(MoDE(MIXTURE), asked, teachers=[(MoDE(MIXTURE), 1.0)] * teachers)
+    trainer = Trainer(MoDE(MIXTURE), asked, teachers=[(MoDE(MIXTURE), (1.0,))] * teachers)
     trainer.step(0, batches)
     trainer.optimizer.zero_grad(set_to_none=True)
     gc.collect()
@@ -292,7 +296,7 @@ def test_the_fullest_moment_of_a_step(dtype: str, recomputed: str, passes: int, 
     with watch:
         trainer.step(1, batches)
     layout = layout_of(asked)
-    others = [MIXTURE.dimensions()] * teachers
+    others = [Teacher(MIXTURE.dimensions())] * teachers
     said = step_memory(
         MIXTURE.dimensions(), every_layer(MIXTURE), layout, settings_of(asked, layout), teachers=others
     ).fullest

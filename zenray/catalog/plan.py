@@ -12,7 +12,15 @@ from zenray.catalog.accounting import count_parameters, flops_per_token
 from zenray.catalog.catalog import Catalog
 from zenray.catalog.gpus import Gpu, find_gpu
 from zenray.catalog.memory import stage_layers
-from zenray.catalog.training_memory import Part, Settings, StepMemory, TrainingLayout, WorkerMemory, step_memory
+from zenray.catalog.training_memory import (
+    Part,
+    Settings,
+    StepMemory,
+    Teacher,
+    TrainingLayout,
+    WorkerMemory,
+    step_memory,
+)
 from zenray.spec.dimensions import ModelDimensions
 from zenray.spec.errors import InvalidValue
 from zenray.spec.platform import Nodes
@@ -129,7 +137,7 @@ def _dimensions(catalog: Catalog, model: str) -> ModelDimensions:
     return dimensions
 
 
-def _teachers(job: TrainingJob, catalog: Catalog, student: ModelDimensions) -> Iterator[ModelDimensions]:
+def _teachers(job: TrainingJob, catalog: Catalog, student: ModelDimensions) -> Iterator[Teacher]:
     for teacher in job.teachers if isinstance(job, DistillJob) else ():
         if teacher.version is None:  # it runs elsewhere
             continue
@@ -141,7 +149,7 @@ def _teachers(job: TrainingJob, catalog: Catalog, student: ModelDimensions) -> I
                 hint="Distillation compares the two distributions token by token: use a teacher of one tokenizer.",
                 param="teachers",
             )
-        yield found
+        yield Teacher(found, is_whole=teacher.top_logits is not None)
 
 
 def _passes(job: TrainingJob, layout: TrainingLayout) -> int:
@@ -150,7 +158,7 @@ def _passes(job: TrainingJob, layout: TrainingLayout) -> int:
 
 
 def _stages(
-    dimensions: ModelDimensions, layout: TrainingLayout, settings: Settings, teachers: Sequence[ModelDimensions]
+    dimensions: ModelDimensions, layout: TrainingLayout, settings: Settings, teachers: Sequence[Teacher]
 ) -> tuple[StepMemory, ...]:
     """Of a worker of each pipeline stage. By 1F1B an early stage keeps more passes at once than a late one; with fewer
     passes than stages each keeps all of them. Teachers run beside the last."""
@@ -174,7 +182,7 @@ def _check_gpus(layout: TrainingLayout, nodes: Nodes) -> None:
 
 
 def _check_memory(
-    plan: TrainingPlan, gpu: Gpu, job: TrainingJob, dimensions: ModelDimensions, teachers: Sequence[ModelDimensions]
+    plan: TrainingPlan, gpu: Gpu, job: TrainingJob, dimensions: ModelDimensions, teachers: Sequence[Teacher]
 ) -> None:
     usable_bytes = round(gpu.memory_bytes * USABLE_SHARE)
     if plan.fullest.fullest.total <= usable_bytes:
@@ -191,7 +199,7 @@ def _what_fits(
     layout: TrainingLayout,
     settings: Settings,
     dimensions: ModelDimensions,
-    teachers: Sequence[ModelDimensions],
+    teachers: Sequence[Teacher],
     usable_bytes: int,
 ) -> str:
     """The first that fits of: sharding, recomputing, smaller passes, and then more workers with all of these."""
@@ -242,12 +250,12 @@ def _speed(
     layout: TrainingLayout,
     gpu: Gpu,
     dimensions: ModelDimensions,
-    teachers: Sequence[ModelDimensions],
+    teachers: Sequence[Teacher],
 ) -> Speed:
     """Time is FLOPs over the assumed share of the peak, and what is done twice or waited for on top."""
     context_tokens = job.data.sequence_tokens // 2  # a token sees half of its sequence on average
     forward = flops_per_token(dimensions, context_tokens)
-    of_teachers = sum(flops_per_token(teacher, context_tokens) for teacher in teachers)
+    of_teachers = sum(flops_per_token(teacher.dimensions, context_tokens) for teacher in teachers)
     flops = 3 * forward + of_teachers
     recomputed = forward if job.activation_checkpointing == "full" else 0
     passes = _passes(job, layout)

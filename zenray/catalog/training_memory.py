@@ -79,6 +79,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A network that runs beside the student. `is_whole`: on every worker, also where the student is cut, as those are
+    whose likeliest tokens are kept (zenray.training.teachers)."""
+
+    dimensions: ModelDimensions
+    is_whole: bool = False
+
+
+@dataclass(frozen=True)
 class WorkerMemory:
     """Bytes at one moment of a step. `weights`: with the float32 masters where they are copies."""
 
@@ -110,10 +119,16 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter, as the network has it."""
+    """One parameter, as the network has it. `part`: as what it is cut. A domain block is an expert that is cut like a
+    dense weight."""
 
     part: Part
     shape: tuple[int, ...]
+    of_block: bool = False
+
+    @property
+    def learns_with(self) -> Part:
+        return "experts" if self.of_block else self.part
 
     @property
     def size(self) -> int:
@@ -141,7 +156,7 @@ def layer_weights(dimensions: ModelDimensions, layer: int) -> Iterator[Weight]:
         yield Weight("experts", (experts, D, width))
     for block in moe.blocks:
         first = (dimensions.vocab_size, block.width) if block.kind == "vocabulary" else (block.width, D)
-        yield from (Weight("dense", shape) for shape in (first, (D, block.width)) * block.experts)
+        yield from (Weight("dense", shape, of_block=True) for shape in (first, (D, block.width)) * block.experts)
     if moe.shared_width:
         yield from _swiglu(D, moe.shared_width)
         if moe.shared_gate:
@@ -199,7 +214,7 @@ def step_memory(
     settings: Settings,
     *,
     passes_in_flight: int = 1,
-    teachers: Iterable[ModelDimensions] = (),
+    teachers: Iterable[Teacher] = (),
 ) -> StepMemory:
     """Of a worker of the stage that has `layers`. `passes_in_flight`: whose activations a stage keeps at once.
 
@@ -239,7 +254,7 @@ def _state(weights: Iterable[Weight], layout: TrainingLayout, settings: Settings
     learning = other = moments = 0
     for weight in weights:
         count = held(weight, layout, sharded=sharded)
-        if weight.part not in settings.learning:
+        if weight.learns_with not in settings.learning:
             other += count
             continue
         learning += count
@@ -338,7 +353,7 @@ def _buffers(dimensions: ModelDimensions, layers: range, layout: TrainingLayout,
         return 0
     b = settings.item_bytes
     if not layout.fully_sharded:
-        learning = [w for w in stage_weights(dimensions, layers) if w.part in settings.learning]
+        learning = [w for w in stage_weights(dimensions, layers) if w.learns_with in settings.learning]
         found = [4 * held(weight, layout, sharded=False) for weight in learning]
         return min(sum(found), BUCKET_BYTES + max(found, default=0))
     of_layer = [_gathered(layer_weights(dimensions, layer), layout) for layer in layers]
@@ -362,10 +377,11 @@ def _gathered(weights: Iterable[Weight], layout: TrainingLayout) -> int:
     return sum(held(weight, layout, sharded=False) for weight in weights)
 
 
-def _teacher(dimensions: ModelDimensions, layout: TrainingLayout, settings: Settings) -> int:
+def _teacher(teacher: Teacher, layout: TrainingLayout, settings: Settings) -> int:
     """Weights of a network that does not learn: whole, or cut where the student's are; then also what is gathered."""
+    dimensions = teacher.dimensions
     every = range(dimensions.layers)
-    b, sharded = settings.item_bytes, layout.fully_sharded and layout.of_stage > 1
+    b, sharded = settings.item_bytes, layout.fully_sharded and layout.of_stage > 1 and not teacher.is_whole
     alone = layout if sharded else TrainingLayout()
     kept = sum(held(weight, alone, sharded=sharded) for weight in stage_weights(dimensions, every))
     gathered = 0
