@@ -20,6 +20,7 @@ from zenray.control.api.limits import BodyLimit
 from zenray.control.app import Control, build_control
 from zenray.control.config import ControlConfig
 from zenray.spec.edge import Snapshot, UsageBatch
+from zenray.spec.platform import Nodes
 from zenray.spec.versions import VersionRef
 from zenray.storage.fake import FakeStore
 from zenray.storage.versions import publish
@@ -39,7 +40,10 @@ def store(tmp_path: Path) -> FakeStore:
 
 @pytest.fixture
 def control(tmp_path: Path, migrated_sqlite: Path, catalog: Catalog, store: FakeStore) -> Control:
-    config = ControlConfig(state_dir=tmp_path / "state")
+    return control_of(ControlConfig(state_dir=tmp_path / "state"), migrated_sqlite, catalog, store)
+
+
+def control_of(config: ControlConfig, migrated_sqlite: Path, catalog: Catalog, store: FakeStore) -> Control:
     config.state_dir.mkdir()
     shutil.copy(migrated_sqlite, config.state_dir / "control.db")
     return build_control(config, backend=FakeCluster(start_s=0.0), store=store, catalog=catalog, reconcile=False)
@@ -131,6 +135,33 @@ async def test_a_key_is_shown_once_and_can_be_revoked(client: Client) -> None:
     )
     (entry,) = after.keys.values()
     assert not after.full and entry is not None and entry.revoked
+
+
+async def test_the_catalogs_format_is_taken_where_the_version_is_there_in_it(
+    tmp_path: Path, migrated_sqlite: Path, catalog: Catalog, store: FakeStore
+) -> None:
+    """`pull` publishes safetensors, whatever the catalog would rather serve."""
+    config = ControlConfig(state_dir=tmp_path / "state", nodes=Nodes(gpu="A100 80GB"))
+    control = control_of(config, migrated_sqlite, catalog, store)
+    client = Client(control, config.state_dir)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+    async def chosen(**more: str) -> tuple[str, str]:
+        row = (await client.ask("PUT", "/admin/deployments/zen-7b", {"model": "zen-7b"} | more)).json()
+        return row["version"], row["format"]
+
+    publish(store, VersionRef(model="zen-7b", version="1"), folder)
+    assert await chosen() == ("1", "safetensors")
+    publish(store, VersionRef(model="zen-7b", version="1", format="gptq-int8"), folder)
+    assert await chosen() == ("1", "gptq-int8")
+    assert await chosen(format="safetensors") == ("1", "safetensors")
+    publish(store, VersionRef(model="zen-7b", version="2"), folder)
+    assert await chosen() == await chosen(version="2") == ("2", "safetensors")
+    assert await chosen(version="1") == ("1", "gptq-int8")
+    await client.close()
+    control.database.close()
 
 
 async def test_a_deployment_is_asked_for_seen_and_taken_down(

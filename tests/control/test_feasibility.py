@@ -232,7 +232,7 @@ class TestCatalogsLayout:
 
     def filled(self, catalog: Catalog, on: Machines, **document: object) -> DeploymentSpec:
         spec = DeploymentSpec.model_validate({"model": LARGE, "version": "1"} | document)
-        filled = with_catalogs_defaults(spec, catalog.get(spec.model), on)
+        filled = with_catalogs_defaults(spec, catalog.get(spec.model), on, lambda format: format == "gptq-int8")
         check_runnable(filled, catalog, on, sequences=1)
         return filled
 

@@ -42,7 +42,7 @@ from zenray.spec.deployments import DeploymentSpec
 from zenray.spec.versions import TEMPLATE_OVERHEAD, Manifest, VersionRef
 from zenray.storage.base import ObjectStore
 from zenray.storage.opening import absolute, open_store
-from zenray.storage.versions import newest, read_manifest
+from zenray.storage.versions import find_manifest, list_versions, newest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,15 @@ class StoredVersions:
         if spec.template_overhead_tokens is None and measured is not None:
             chosen["template_overhead_tokens"] = int(measured)
         return spec.model_copy(update=chosen)
+
+    def stored_in(self, spec: DeploymentSpec, format: str) -> bool:
+        version = spec.version
+        if version is None:
+            published = list_versions(self.store, spec.model)
+            if not published:
+                return False
+            version = published[-1].ref.version
+        return find_manifest(self.store, VersionRef(model=spec.model, version=version, format=format)) is not None
 
     def _manifest(self, model: str, version: str | None, format: str) -> Manifest:
         if version is None:

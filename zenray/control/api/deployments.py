@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter, Depends
 
 from zenray.control.api.context import ControlContext
@@ -34,7 +36,8 @@ def deployments_router(control: ControlContext) -> APIRouter:
         """Asks for exactly this. Another spec is rolled out beside the old one, which serves until it is ready."""
         if body.model != model:
             raise InvalidValue(f"The body names {body.model!r}, the address {model!r}.", param="model")
-        wish = with_catalogs_defaults(body, control.catalog.get(model), control.machines)
+        entry, stored_in = control.catalog.get(model), partial(control.versions.stored_in, body)
+        wish = with_catalogs_defaults(body, entry, control.machines, stored_in)
         asked = None if "max_num_seqs" in body.engine.model_fields_set else 1
         check_runnable(wish, control.catalog, control.machines, sequences=asked)
         spec = control.versions.resolve(wish)  # asks object storage: before the session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from zenray.catalog.entries import ModelEntry
@@ -11,17 +12,23 @@ from zenray.spec.deployments import ContextScaling, DeploymentSpec
 _LAYOUT = frozenset({"tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel"})
 
 
-def with_catalogs_defaults(spec: DeploymentSpec, entry: ModelEntry, machines: Machines = Machines()) -> DeploymentSpec:
+def with_catalogs_defaults(
+    spec: DeploymentSpec,
+    entry: ModelEntry,
+    machines: Machines = Machines(),
+    stored_in: Callable[[str], bool] = lambda format: False,
+) -> DeploymentSpec:
     """The spec with what it leaves out filled in; a field that was written, if with its default, stays as it is.
 
-    Without GPUs in the platform file nothing of the layout is filled in: a replica then runs on CPUs.
+    Without GPUs in the platform file nothing of the layout is filled in: a replica then runs on CPUs. The catalog's
+    format is taken where the version is `stored_in` it; what `pull` publishes is in safetensors.
     """
     if spec.engine.kind == "vllm" and machines.nodes is not None:
-        spec = _with_layout(spec, entry)
+        spec = _with_layout(spec, entry, stored_in)
     return _with_yarn(spec, entry)
 
 
-def _with_layout(spec: DeploymentSpec, entry: ModelEntry) -> DeploymentSpec:
+def _with_layout(spec: DeploymentSpec, entry: ModelEntry, stored_in: Callable[[str], bool]) -> DeploymentSpec:
     """The catalog's `serving`: its layout where none is given, and as many GPUs as the layout takes."""
     engine, serving = spec.engine, entry.serving
     gpus_given = "gpus_per_replica" in spec.model_fields_set
@@ -36,8 +43,9 @@ def _with_layout(spec: DeploymentSpec, entry: ModelEntry) -> DeploymentSpec:
     filled: dict[str, Any] = {"engine": engine}
     if not gpus_given:
         filled["gpus_per_replica"] = engine.gpus
-    if "format" not in spec.model_fields_set:
-        filled["format"] = entry.quantization(serving.quantization).storage_format
+    preferred = entry.quantization(serving.quantization).storage_format
+    if "format" not in spec.model_fields_set and preferred != spec.format and stored_in(preferred):
+        filled["format"] = preferred
     return spec.model_copy(update=filled)
 
 

@@ -23,6 +23,9 @@ class VersionSource(Protocol):
     def resolve(self, spec: DeploymentSpec) -> DeploymentSpec:
         """The spec with an exact, published version and what was measured of it. NotFound, saying how to get one."""
 
+    def stored_in(self, spec: DeploymentSpec, format: str) -> bool:
+        """Whether the spec's version, or where it names none the one published last, is there in this format."""
+
 
 def put_deployment(session: Session, spec: DeploymentSpec, factory: ApplicationFactory, *, now: float) -> Loaded:
     """Asks for exactly this spec (`version` filled in). The same again is a no-op, or, if it failed, a new attempt.
