@@ -13,9 +13,11 @@ from zenray.spec.errors import InvalidValue, ZenrayError
 from zenray.spec.platform import StorageSettings
 from zenray.storage.job_record import job_journal
 from zenray.storage.opening import open_store
-from zenray.training.attempts import _go_on_with, _most_waits
+from zenray.training import attempts
+from zenray.training import places as places_module
+from zenray.training.attempts import Attempt, _go_on_with
 from zenray.training.events import EventPlace
-from zenray.training.places import SaysWhatItWaitsFor, fewer_workers, missing, places, require_places
+from zenray.training.places import NoRoomError, WaitsForRoom, fewer_workers, missing, places, require_places
 
 
 def of_workers(count: int, sequences_per_step: int, **axes: int):
@@ -70,13 +72,48 @@ def test_room_that_only_seemed_to_be_there_is_not_tried_for_ever() -> None:
     assert [_go_on_with(wanted, "r", before, 8) for before in (8, 4, 2)] == [4, 2, 1]
 
 
-def test_patience_is_counted_in_ray_trains_minutes() -> None:
-    assert [_most_waits(patience_s) for patience_s in (None, 0, 60, 61, 600)] == [-1, 0, 0, 1, 9]
+def test_those_go_on_that_have_room_beside_what_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, tried = of_workers(4, 16), []
+
+    def with_workers(attempt: Attempt, count: int) -> None:
+        tried.append(count)
+        if count == 4:
+            raise NoRoomError
+
+    monkeypatch.setattr(attempts, "can_grow", lambda: True)
+    monkeypatch.setattr(attempts, "_has_checkpoint", lambda attempt: True)
+    monkeypatch.setattr(attempts, "_with_workers", with_workers)
+    monkeypatch.setattr(attempts, "machines_of_cluster", lambda: [{"CPU": 3.0}])
+    monkeypatch.setattr(attempts, "free_on_machines", lambda: [{"CPU": 1.0}])
+    attempts.fit(SimpleNamespace(job=wanted, name="r"))  # type: ignore[arg-type]
+    assert tried == [4, 1]
+
+
+def test_every_wait_has_all_of_the_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(places_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.0})
+    context = SimpleNamespace(num_workers=2, resources_per_worker={"CPU": 1.0})
+    callback, patient = (
+        WaitsForRoom(StorageSettings(uri=f"file:{tmp_path}"), EventPlace("tiny-1"), patience_s)
+        for patience_s in (100, None)
+    )
+    for _ in range(5):  # failures, and after each a minute without room
+        for _ in range(2):
+            callback.before_worker_group_start(context)
+            patient.before_worker_group_start(context)
+            now_s += 60
+        callback.after_worker_group_start([1, 2])
+    callback.before_worker_group_start(context)
+    now_s += 100
+    with pytest.raises(NoRoomError, match="in 100 s"):
+        callback.before_worker_group_start(context)
+    patient.before_worker_group_start(context)
 
 
 def test_waiting_is_told_and_so_is_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = StorageSettings(uri=f"file:{tmp_path}")
-    callback = SaysWhatItWaitsFor(storage, EventPlace("tiny-1", "teach"))
+    callback = WaitsForRoom(storage, EventPlace("tiny-1", "teach"))
     context = SimpleNamespace(num_workers=2, resources_per_worker={"CPU": 1.0})
     for free in (1.0, 2.0):
         monkeypatch.setattr(ray, "available_resources", lambda free=free: {"CPU": free})

@@ -118,8 +118,8 @@ class Workers(Document):
     replacement_patience_s: float | None = Field(
         None,
         ge=0,
-        description="After a failure, how long to wait for as many workers as before, in whole minutes. Then as many "
-        "go on as have room and share out the steps as they are; if none can, the run ends. None: it waits.",
+        description="After a failure, how long to wait for as many workers as before, looked at every minute. Then as "
+        "many go on as have room and share out the steps as they are; if none can, the run ends. None: it waits.",
     )
 
     @property

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +11,18 @@ import pyarrow.fs
 import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.constants import (
-    CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
-    DEFAULT_WORKER_GROUP_START_TIMEOUT_S,
-    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
-)
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from zenray.spec.errors import Conflict, InvalidDocument, InvalidRequest, NotFound, ZenrayError
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import TrainingJob
 from zenray.training.events import EventPlace
 from zenray.training.places import (
-    SaysWhatItWaitsFor,
+    NoRoomError,
+    WaitsForRoom,
     can_grow,
     fewer_workers,
+    free_on_machines,
     machines_of_cluster,
     needs_of,
     places,
@@ -67,15 +62,11 @@ def fit(attempt: Attempt) -> Result:
     while True:
         try:
             return _with_workers(attempt, count)
-        except _NoRoomError:
+        except NoRoomError:
             if not _has_checkpoint(attempt):
                 continue  # nothing would be gained by being fewer: it waits for its turn
-            count = _go_on_with(job, attempt.name, count, places(machines_of_cluster(), needs))
+            count = _go_on_with(job, attempt.name, count, places(free_on_machines(), needs))
             log.warning("Run %s goes on with %d of %d workers.", attempt.name, count, job.workers.count)
-
-
-class _NoRoomError(Exception):
-    """Workers have waited for room for longer than the job's patience."""
 
 
 def _with_workers(attempt: Attempt, count: int) -> Result:
@@ -89,33 +80,23 @@ def _with_workers(attempt: Attempt, count: int) -> Result:
             name=attempt.name,
             storage_path=attempt.folder,
             storage_filesystem=attempt.filesystem,
-            failure_config=FailureConfig(
-                max_failures=workers.max_failures,
-                controller_failure_limit=_most_waits(workers.replacement_patience_s),
-            ),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=attempt.job.checkpoints.keep),
-            callbacks=[EndsForOwnErrors(), SaysWhatItWaitsFor(attempt.storage, attempt.events)],
+            callbacks=[
+                EndsForOwnErrors(),
+                WaitsForRoom(attempt.storage, attempt.events, workers.replacement_patience_s),
+            ],
         ),
     )
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as error:
         cause = getattr(error, "controller_failure", None)
-        if isinstance(cause, _OWN):
+        if isinstance(cause, (*_OWN, NoRoomError)):
             raise cause from None
-        if isinstance(cause, WorkerGroupStartupTimeoutError):
-            raise _NoRoomError from error
         raise ZenrayError(
             f"Run {attempt.name} failed: {causes(error)}.", hint="Run it again: it goes on from its last checkpoint."
         ) from error
-
-
-def _most_waits(patience_s: float | None) -> int:
-    """How often Ray Train may fail to start the workers, which it does after a minute without room. -1: always."""
-    if patience_s is None:
-        return -1
-    once_s = float(os.environ.get(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S))
-    return max(0, math.ceil(patience_s / once_s) - 1)
 
 
 def _has_checkpoint(attempt: Attempt) -> bool:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from zenray.spec.errors import InvalidValue, StorageUnavailable
@@ -68,22 +70,37 @@ def machines_of_cluster() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def free_on_machines() -> list[Resources]:
+    """What of each machine that lives is not in use. Needs Ray."""
+    return list(available_resources_per_node().values())
+
+
 def can_grow() -> bool:
     """Whether machines may join: not where Ray listens on loopback alone, as it does on one machine. Needs Ray."""
     return not all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes())
 
 
-class SaysWhatItWaitsFor(WorkerGroupCallback):
+class NoRoomError(Exception):
+    """Workers have waited for room for longer than the job's patience."""
+
+
+class WaitsForRoom(WorkerGroupCallback):
     """In Ray Train's controller: tells the job's journal when workers wait for room, every minute, and when they start.
+    A wait of more than `patience_s` ends with NoRoomError, which the controller does not try again.
 
     Ray Train itself waits as long as it takes, and shows nothing.
     """
 
-    def __init__(self, storage: StorageSettings, place: EventPlace) -> None:
-        self._storage, self._place = storage, place
+    def __init__(self, storage: StorageSettings, place: EventPlace, patience_s: float | None = None) -> None:
+        self._storage, self._place, self._patience_s = storage, place, patience_s
         self._is_waiting = False
+        self._since_s: float | None = None  # of the workers that are to start now: the first attempt
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
+        if self._since_s is None:
+            self._since_s = time.monotonic()
+        elif self._patience_s is not None and time.monotonic() - self._since_s >= self._patience_s:
+            raise NoRoomError(f"There was no room for all workers in {self._patience_s:g} s.")
         count, needs = worker_group_context.num_workers, worker_group_context.resources_per_worker
         lacking = missing(ray.available_resources(), count, needs)
         if lacking is not None:
@@ -91,6 +108,7 @@ class SaysWhatItWaitsFor(WorkerGroupCallback):
             self._tell(Placed(phase=self._place.phase, count=count, missing=lacking))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
+        self._since_s = None
         if self._is_waiting:
             self._is_waiting = False
             self._tell(Placed(phase=self._place.phase, count=len(worker_group)))
