@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,15 +34,17 @@ def test_a_task_finds_and_refuses_what_the_process_itself_would(
         monkeypatch.setenv(name, value)
     storage = StorageSettings(uri=run.store.uri)
     try:
-        assert evaluate_in_task(job, storage, run.work_dir, EventPlace("there"), gpus=0) == expected
+        with EventStream(run.store, EventPlace("there")) as tell:
+            assert evaluate_in_task(job, storage, run.work_dir, tell, gpus=0) == expected
         told = [[event["event"] for event in job_journal(run.store, place).read(0)[0]] for place in ("here", "there")]
         assert told[0] == told[1] and "result" in told[1]
-        short = tmp_path / "empty.jsonl"
-        short.write_text("")
-        quiz = job.model_copy(
-            update={"choices": EvaluateJob(**about, choices=[{"name": "quiz", "path": str(short)}]).choices}
-        )
-        with pytest.raises(InvalidValue, match=r"^\S+empty.jsonl has no questions"):
-            evaluate_in_task(quiz, storage, run.work_dir, EventPlace("there"), gpus=0)
+        long = tmp_path / "long.jsonl"
+        long.write_text(json.dumps({"question": "Why? " * 2000, "choices": ["So.", "Yes."], "answer": 1}))
+        quiz = EvaluateJob(**about, choices=[{"name": "quiz", "path": str(long)}])
+        with (
+            EventStream(run.store, EventPlace("there")) as tell,
+            pytest.raises(InvalidValue, match=r"^'Why\?.* tokens; the network's context is"),
+        ):
+            evaluate_in_task(quiz, storage, run.work_dir, tell, gpus=0)
     finally:
         ray.shutdown()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import WorkerCrashedError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.training.tiny import END, write_text, write_version
@@ -162,6 +166,54 @@ def test_a_gpu_is_not_waited_for_where_none_can_come(place: Place, monkeypatch: 
     monkeypatch.setattr(evaluate_task, "machines_of_cluster", lambda: [{"CPU": 2.0}])
     with pytest.raises(InvalidValue, match="measure is to run on a GPU, and this machine has none"):
         place.run(place.job(gpu=True))
+
+
+class OneTask:
+    """Ray, with a task that runs when it is asked about, or dies."""
+
+    def __init__(self, dies: bool = False) -> None:
+        self.options: dict[str, Any] = {}
+        self.dies = dies
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    def remote(self, **options: Any) -> Any:
+        self.options = options
+        return lambda task: SimpleNamespace(remote=partial(partial, task))
+
+    def get(self, task: Callable[[], Any]) -> Any:
+        if self.dies:
+            raise WorkerCrashedError
+        return task()
+
+
+def test_a_task_says_what_it_waits_for_and_needs_no_files_of_questions(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "quiz.jsonl"
+    path.write_text('{"question": "Is it?", "choices": ["no", "yes"], "answer": 1}')
+    about = {"kind": "evaluate", "name": "measure", "version": {"model": "mode"}, "gpu": True}
+    job = EvaluateJob(**about, choices=[{"name": "quiz", "path": str(path)}])  # type: ignore[arg-type]
+    result, asked = EvaluationResult(version="mode@v1/safetensors"), []
+    monkeypatch.setattr(evaluate_task, "connect", path.unlink)
+    monkeypatch.setattr(evaluate_task, "can_grow", lambda: True)
+    monkeypatch.setattr(evaluate_task, "evaluate", lambda *given, device: asked.append((given[-1], device)) or result)
+    storage = StorageSettings(uri=place.store.uri)
+    with EventStream(place.store, EventPlace("a", "measure")) as tell:
+        ray = OneTask()
+        monkeypatch.setattr(evaluate_task, "ray", ray)
+        assert evaluate_task.evaluate_in_task(job, storage, tmp_path, tell, gpus=1) == result
+        assert ray.options == {"num_cpus": 1, "num_gpus": 1, "max_retries": 0}
+        path.write_text('{"question": "Is it?", "choices": ["no", "yes"], "answer": 1}')
+        monkeypatch.setattr(evaluate_task, "ray", OneTask(dies=True))
+        with pytest.raises(ZenrayError, match="measure died: The worker died unexpectedly"):
+            evaluate_task.evaluate_in_task(job, storage, tmp_path, tell, gpus=1)
+    ((questions, device),) = asked
+    assert [one.answer for one in questions["quiz"]] == [1] and device.type == "cuda"
+    told, _ = job_journal(place.store, "a").read(0)
+    lacking = "they need 1 × 1 CPU and 1 GPU, and 2 CPU and 0 GPU is free"
+    assert sorted(str(event["missing"]) for event in told) == ["None", lacking, lacking]
 
 
 def test_what_is_not_good_enough_is_not_published(place: Place) -> None:

@@ -6,7 +6,7 @@ T tokens, D hidden, B sequences of S tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,15 +52,26 @@ class Question(BaseModel):
         return self
 
 
+Questions = Mapping[str, list[Question]]
+
+
 def evaluate(
-    job: EvaluateJob, store: ObjectStore, work_dir: Path, tell: EventStream, *, device: torch.device | None = None
+    job: EvaluateJob,
+    store: ObjectStore,
+    work_dir: Path,
+    tell: EventStream,
+    questions: Questions | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> EvaluationResult:
     """Ask everything that the job asks, in this process, on the CPU unless `device` is given. Blocks.
+
+    `questions`: the job's, where they have been read already, as its files may not be on this machine.
 
     `tell` has what was found before the tasks of lm-eval are asked, which may still fail. NotFound for an unknown
     version, file or task; InvalidValue for questions and tasks that cannot be asked, before anything is measured.
     """
-    questions = {asked.name: read_questions(asked) for asked in job.choices}
+    questions = questions_of(job) if questions is None else questions
     if job.lm_eval is not None:
         check_tasks(job.lm_eval)
     progress = ProgressEvents(tell)
@@ -83,6 +94,11 @@ def evaluate(
         tell(Result(data=tasks.model_dump(mode="json")))
         found = found.model_copy(update={"tasks": tasks.tasks})
     return found
+
+
+def questions_of(job: EvaluateJob) -> Questions:
+    """All that the job asks, by its name. NotFound, InvalidValue naming the line."""
+    return {asked.name: read_questions(asked) for asked in job.choices}
 
 
 def read_questions(asked: ChoiceQuestions) -> list[Question]:

@@ -117,7 +117,7 @@ def _evaluate(
     if job.gpu:
         from zenray.training.evaluate_task import evaluate_in_task  # imports Ray and torch
 
-        result = evaluate_in_task(job, storage, work_dir, tell.place, gpus=1)
+        result = evaluate_in_task(job, storage, work_dir, tell, gpus=1)
     else:
         from zenray.training.evaluate import evaluate  # imports torch
 
