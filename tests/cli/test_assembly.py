@@ -21,8 +21,8 @@ def test_the_gateway_waits_as_the_file_says_and_the_supervisor_longer(tmp_path: 
     file.write_text(FILE)
     home = Home(tmp_path / "home")
     home.run.mkdir(parents=True)
-    parts = assemble(load_document(file, Platform), home).parts
+    assembly = assemble(load_document(file, Platform), home)
     config = load_document(home.run / "gateway.json", GatewayConfig)
     assert (config.processes, config.drain_timeout_s, config.wake_timeout_s) == (3, 600, 1800)
-    (gateway,) = [part for part in parts if part.name == "gateway"]
-    assert vars(gateway)["_stop_timeout_s"] > 600
+    (gateway,) = [part for part in assembly.parts if part.name == "gateway"]
+    assert assembly.stop_timeout_s > vars(gateway)["_stop_timeout_s"] > 600

@@ -36,6 +36,18 @@ with Home.from_environment().held():
     input()
 """
 
+SLOW_HOLDER = """
+import signal, time
+from zenray.cli.home import Home
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+with Home.from_environment().held():
+    print("held", flush=True)
+    while len(asked) < 2:
+        time.sleep(0.01)
+    time.sleep(0.3)
+"""
+
 
 @pytest.fixture
 def home(control: TestClient) -> Home:  # noqa: F811
@@ -62,6 +74,7 @@ def announce(home: Home, supervisor_pid: int, **changes: Any) -> None:
         dashboard_url="http://127.0.0.1:3",
         storage=StorageSettings(uri=f"file:{home.root / 'store'}"),
         key_prefix="sk-zen-",
+        stop_timeout_s=90,
         parts=[
             RunningPart(name="control", pid=11, restarts=4, is_running=False, log=log),
             RunningPart(name="gateway", pid=12, log="g"),
@@ -109,6 +122,20 @@ def test_down_ends_a_platform_that_is_still_starting(home: Home, zenray: Zenray)
     assert "Stopped" in zenray("down")
     holder.communicate()
     assert holder.returncode == -15
+
+
+def test_down_waits_as_long_as_the_platform_lets_its_streams_go_on(
+    home: Home,
+    zenray: Zenray,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(commands, "STOP_TIMEOUT_S", 0.0)
+    holder = subprocess.Popen([sys.executable, "-c", SLOW_HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    assert "has not ended after 0 s" in zenray("down", fails=True)
+    announce(home, holder.pid, stop_timeout_s=30)
+    assert "Stopped" in zenray("down")
+    holder.communicate()
 
 
 def test_down_ends_the_ray_that_a_killed_supervisor_left(

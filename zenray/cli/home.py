@@ -44,6 +44,7 @@ class RunningPlatform(BaseModel):
     dashboard_url: str
     storage: StorageSettings
     key_prefix: str
+    stop_timeout_s: float
     parts: list[RunningPart]
     refused: dict[str, str] | None = (
         None  # listed deployments that could not be asked for, and why; None: not yet asked

@@ -134,7 +134,9 @@ def _show_control(control: dict[str, Any]) -> None:
 def _stop_supervisor(home: Home) -> bool:
     """Ask whoever holds the home to end, also one that is still starting, and wait. False when nobody does."""
     asked = None
-    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    running = home.running_or_none()
+    timeout_s = max(STOP_TIMEOUT_S, running.stop_timeout_s) if running else STOP_TIMEOUT_S
+    deadline_s = time.monotonic() + timeout_s
     with console.status("stopping"):
         while (pid := home.supervisor_pid()) is not None:
             if pid != asked:
@@ -143,7 +145,7 @@ def _stop_supervisor(home: Home) -> bool:
                 asked = pid
             if time.monotonic() > deadline_s:
                 raise Unavailable(
-                    f"The supervisor (pid {pid}) has not ended after {STOP_TIMEOUT_S:.0f} s.",
+                    f"The supervisor (pid {pid}) has not ended after {timeout_s:.0f} s.",
                     hint=f"Its log: {home.logs / 'supervisor.log'}.",
                 )
             time.sleep(0.05)
@@ -183,6 +185,7 @@ class _Notice:
             dashboard_url=assembly.dashboard_url,
             storage=assembly.storage,
             key_prefix=platform.key_prefix,
+            stop_timeout_s=assembly.stop_timeout_s,
             parts=[],
         )
 

@@ -32,6 +32,7 @@ class Assembly:
     control_url: str
     dashboard_url: str
     storage: StorageSettings
+    stop_timeout_s: float  # all parts have ended before, one after another
 
 
 class RayPart:
@@ -117,7 +118,7 @@ def assemble(platform: Platform, home: Home) -> Assembly:
         _process("control", control, f"{control_url}/readyz", home),
         _process("gateway", gateway, f"{gateway_url}/readyz", home, stop_timeout_s=gateway.drain_timeout_s + 10),
     ]
-    return Assembly(parts, gateway_url, control_url, dashboard_url, storage)
+    return Assembly(parts, gateway_url, control_url, dashboard_url, storage, gateway.drain_timeout_s + 60)
 
 
 def _process(name: str, config: Document, ready_url: str, home: Home, *, stop_timeout_s: float = 15.0) -> ProcessPart:
