@@ -77,23 +77,16 @@ async def test_failures_are_retried_with_growing_waits_until_all_is_there(make_m
     assert list(control.ledger.values()) == events
     assert len(sleeps.seconds) == 11
     assert max(sleeps.seconds) <= 3 and max(sleeps.seconds[:2]) <= 0.2
-    assert shipper.last_error is None
     assert len(control.batches[0].events) == 1  # halved while control did not answer
     assert meter.unshipped_events == 0
 
 
-async def test_the_last_error_is_shown_while_it_lasts(make_meter: MakeMeter) -> None:
+async def test_each_failure_is_logged_with_its_reason(make_meter: MakeMeter, caplog: pytest.LogCaptureFixture) -> None:
     meter, control = make_meter(), Control(failures=["lost"] * 3)
     close_some(meter, 1)
-    errors: list[str | None] = []
-
-    async def look(_: float) -> None:
-        errors.append(shipper.last_error)
-
-    shipper = Shipper(meter, control.take, sleep=look)
-    await shipper.drain()
-    assert errors == ["Control cannot be reached."] * 3
-    assert shipper.last_error is None
+    await Shipper(meter, control.take, sleep=Sleeps()).drain()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"usage could not be shipped (attempt {n}): Control cannot be reached." for n in (1, 2, 3)]
 
 
 async def test_an_acknowledgement_of_another_number_is_none(make_meter: MakeMeter) -> None:

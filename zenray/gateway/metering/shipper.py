@@ -41,7 +41,6 @@ class Shipper:
         self._sleep = sleep
         self._max_backoff_s = max_backoff_s
         self._one_at_a_time = asyncio.Lock()
-        self.last_error: str | None = None
 
     async def run(self) -> None:
         """Ship for ever; returns only by cancellation."""
@@ -60,7 +59,6 @@ class Shipper:
                 sleep=self._sleep,
             )
             count: int = await retrying(self.ship_once)
-            self.last_error = None
             if count == 0:
                 return shipped
             shipped += count
@@ -84,6 +82,5 @@ class Shipper:
 
     def _note(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self.last_error = str(error)
         self._batch_events = max(1, self._batch_events // 2)
         log.warning("usage could not be shipped (attempt %d): %s", state.attempt_number, error)
