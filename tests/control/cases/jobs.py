@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 
 from zenray.cluster.fake import FakeCluster
 from zenray.control.db.engine import Database
@@ -250,6 +252,40 @@ def test_a_job_that_cannot_be_read_says_so_and_holds_up_no_other(platform: Platf
     assert row.state == JobState.QUEUED and row.message is not None and "'of a later version'" in row.message
     with platform.database.write() as session:
         assert cancel_job(session, "broken", now=0).state == JobState.CANCELLED
+
+
+def test_what_a_job_says_is_kept_whatever_it_is(platform: Platform) -> None:
+    """PostgreSQL refuses a NUL, and a text that is longer than its column."""
+    platform.submit()
+    platform.rounds(4)
+    name = "of_a_later_version\0" + 40 * "x"
+    platform.say({"event": name})
+    platform.rounds()
+    assert platform.events()[-1]["event"] == name
+    platform.cluster.end_job(f"{ID}.1", failure="exit code 1\0")
+    platform.rounds()
+    assert platform.look().state == JobState.FAILED and platform.look().message == "exit code 1\ufffd"
+
+
+@pytest.mark.parametrize(("fault", "goes_on"), [(DataError, True), (OperationalError, False)])
+def test_what_the_database_refuses_of_one_job_holds_up_no_other(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, fault: type[DBAPIError], goes_on: bool
+) -> None:
+    """A database that is away is all of theirs."""
+    broken = platform.submit(JOB.model_copy(update={"name": "broken"}))
+    platform.clock.advance(1)
+    platform.submit()
+
+    def refuse(self: JobReconciler, row: JobRow, *seen: object) -> None:
+        if row.id == broken.id:
+            raise fault("INSERT", None, Exception("refused"))
+        round_of(self, row, *seen)  # type: ignore[arg-type]
+
+    round_of = JobReconciler._round_of
+    monkeypatch.setattr(JobReconciler, "_round_of", refuse)
+    with nullcontext() if goes_on else pytest.raises(fault):
+        platform.rounds(4)
+    assert platform.look().state == (JobState.RUNNING if goes_on else JobState.QUEUED)
 
 
 def test_a_cluster_that_was_restarted_gets_the_job_again(platform: Platform) -> None:

@@ -11,7 +11,8 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from zenray.cluster.base import ClusterBackend
 from zenray.control.db.engine import Database
@@ -64,7 +65,7 @@ class JobReconciler:
         for row in rows:
             try:
                 self._round_of(row, seen, reason)
-            except SQLAlchemyError:
+            except (OperationalError, InterfaceError, PoolTimeout):  # the database is away
                 raise
             except Exception as error:  # of this job alone: the others go on
                 logger.exception("job %s cannot be carried on", row.id)

@@ -10,7 +10,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from zenray.control.jobs.life import Decision, JobView
-from zenray.control.jobs.tables import JobEventRow, JobRow
+from zenray.control.jobs.tables import LONGEST_EVENT_NAME, JobEventRow, JobRow
 from zenray.spec.errors import Conflict
 from zenray.spec.job_events import Ended, JobEvent, Note, Placed, Progress, StateChanged, Step, parse_event
 from zenray.spec.job_life import JobState
@@ -48,10 +48,11 @@ def add(session: Session, row: JobRow, *, now: float) -> None:
 
 def apply(session: Session, row: JobRow, decision: Decision, *, now: float) -> None:
     """Write a decision down, if it changes anything."""
-    if decision.state is JobState(row.state) and decision.message == row.message and decision.attempt == row.attempt:
+    message = _storable(decision.message) if decision.message is not None else None
+    if decision.state is JobState(row.state) and message == row.message and decision.attempt == row.attempt:
         return
     row.attempt, row.lost = decision.attempt, decision.lost
-    change(session, row, decision.state, decision.message, now=now)
+    change(session, row, decision.state, message, now=now)
 
 
 def keep_events(session: Session, row: JobRow, events: Sequence[JobEvent], read: int, *, now: float) -> None:
@@ -60,7 +61,13 @@ def keep_events(session: Session, row: JobRow, events: Sequence[JobEvent], read:
         return
     if events:
         kept = [
-            {"job": row.id, "at": event.at, "event": event.event, "body": event.model_dump_json()} for event in events
+            {
+                "job": row.id,
+                "at": event.at,
+                "event": _storable(event.event)[:LONGEST_EVENT_NAME],
+                "body": event.model_dump_json(),
+            }
+            for event in events
         ]
         session.execute(insert(JobEventRow), kept)
     newest = next((event for event in reversed(events) if isinstance(event, _SHOWN)), None)
@@ -127,6 +134,11 @@ def last_word(session: Session, job: str, unwritten: Sequence[JobEvent]) -> str 
         if isinstance(event, StateChanged) and event.to_state == JobState.STARTING:
             return None  # what stands before is an earlier attempt's
     return None
+
+
+def _storable(text: str) -> str:
+    """PostgreSQL keeps no NUL in a text. (JSON writes it as an escape.)"""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _record(

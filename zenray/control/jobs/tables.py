@@ -8,6 +8,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 from zenray.control.billing.tables import RowId
 from zenray.control.db.base import Base
 
+LONGEST_EVENT_NAME = 32
+
 
 class JobRow(Base):
     """One job. `row_version` changes with every write: the reconciler applies to what it read."""
@@ -39,7 +41,7 @@ class JobEventRow(Base):
     id: Mapped[int] = mapped_column(RowId, primary_key=True)
     job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     at: Mapped[float] = mapped_column(Double)
-    event: Mapped[str] = mapped_column(String(32))
+    event: Mapped[str] = mapped_column(String(LONGEST_EVENT_NAME))  # cut off there; whole in the body
     body: Mapped[str] = mapped_column(Text)  # JSON of a spec.job_events.JobEvent
 
     __table_args__ = (Index(None, "job", "id"),)
