@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from zenray.catalog.live import LiveCatalog
+from zenray.catalog.live import GONE_FOR_S, LiveCatalog
+from zenray.spec.clock import FakeClock
 from zenray.spec.errors import InvalidDocument
 
 MODEL = """
@@ -20,7 +21,8 @@ price: {{input_usd_per_1k: "0.0007", output_usd_per_1k: "0.0013"}}
 
 
 def test_models_come_change_and_go(tmp_path: Path) -> None:
-    live = LiveCatalog([tmp_path])
+    clock = FakeClock()
+    live = LiveCatalog([tmp_path], clock)
     before = live.now()
     assert "mine" not in before and live.now() is before, "files are read only when they are others"
     file = tmp_path / "mine.yaml"
@@ -29,7 +31,26 @@ def test_models_come_change_and_go(tmp_path: Path) -> None:
     file.write_text(MODEL.format(summary="Second, and longer."))
     assert live.now().get("mine").summary == "Second, and longer."
     file.unlink()
+    live.now()
+    clock.advance(GONE_FOR_S)
     assert "mine" not in live.now() and "smollm2-135m" in live.now()
+
+
+def test_a_file_that_is_gone_for_a_moment_takes_nothing_away(tmp_path: Path) -> None:
+    file, clock = tmp_path / "mine.yaml", FakeClock()
+    file.write_text(MODEL.format(summary="First."))
+    live = LiveCatalog([tmp_path], clock)
+    for summary in ("Second, and longer.", "Third, and longer than that."):
+        file.unlink()
+        assert "mine" in live.now()
+        clock.advance(GONE_FOR_S - 0.1)
+        assert "mine" in live.now()
+        file.write_text(MODEL.format(summary=summary))
+        assert live.now().get("mine").summary == summary
+    file.rename(tmp_path / "renamed.yaml")
+    live.now()
+    clock.advance(GONE_FOR_S)
+    assert live.now().get("mine").summary == summary
 
 
 def test_while_a_file_is_broken_the_last_sound_catalog_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

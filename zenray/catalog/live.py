@@ -7,9 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from zenray.catalog.catalog import Catalog
+from zenray.spec.clock import Clock, SystemClock
 from zenray.spec.errors import ZenrayError
 
 log = logging.getLogger(__name__)
+
+_File = tuple[Path, int, int, int]
+
+
+GONE_FOR_S = 5.0  # an editor or a checkout that puts a file back takes less
 
 
 class LiveCatalog:
@@ -17,17 +23,21 @@ class LiveCatalog:
 
     While they are broken the last sound catalog stays; why is logged once for each change. Created, it raises what
     Catalog.load raises.
+
+    A file that is gone takes its model off the gateways: nothing is read anew before it has been gone for GONE_FOR_S.
     """
 
-    def __init__(self, user_dirs: Iterable[Path]) -> None:
+    def __init__(self, user_dirs: Iterable[Path], clock: Clock = SystemClock()) -> None:
         self._user_dirs = tuple(user_dirs)
+        self._clock = clock
+        self._gone_since_s: float | None = None
         self._seen = self._files()  # before they are read: what changes meanwhile is seen as a change
         self._catalog = Catalog.load(self._user_dirs)
 
     def now(self) -> Catalog:
         """Looks at the folders, and reads files only if they are others. Threads may call it at once."""
         files = self._files()
-        if files != self._seen:
+        if files != self._seen and not self._may_come_back(files):
             self._seen = files
             try:
                 self._catalog = Catalog.load(self._user_dirs)
@@ -35,7 +45,17 @@ class LiveCatalog:
                 log.error("the catalog stays as it was: %s", error)
         return self._catalog
 
-    def _files(self) -> set[tuple[Path, int, int, int]]:
+    def _may_come_back(self, files: set[_File]) -> bool:
+        """Whether a file is missing that was there, and has not been for long."""
+        if {file[0] for file in self._seen} <= {file[0] for file in files}:
+            self._gone_since_s = None
+            return False
+        now_s = self._clock.monotonic()
+        if self._gone_since_s is None:
+            self._gone_since_s = now_s
+        return now_s - self._gone_since_s < GONE_FOR_S
+
+    def _files(self) -> set[_File]:
         """Each file with what tells whether it is another one now."""
         found = set()
         for folder in self._user_dirs:

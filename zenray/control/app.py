@@ -109,7 +109,7 @@ def build_control(
     migrate(database)
     with database.write() as session:
         raise_floor(session)
-    catalog_now = LiveCatalog(config.catalog_dirs).now if catalog is None else lambda: catalog
+    catalog_now = LiveCatalog(config.catalog_dirs, clock).now if catalog is None else lambda: catalog
     store = store or open_store(storage)
     backend = backend or _backend(config)
     canaries = CanaryWatch()
