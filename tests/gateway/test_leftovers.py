@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,12 +43,12 @@ def meter_of(config: GatewayConfig, index: int) -> Meter:
     return Meter(folder, config.process_id(index), max_streams=4, max_wal_bytes=1 << 20, clock=FakeClock())
 
 
-async def take_over(config: GatewayConfig) -> Edge:
+async def take_over(config: GatewayConfig, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> Edge:
     edge, clock = Edge(), FakeClock()
     directory = Directory(config.state_dir / "snapshot.jsonl", clock, max_age_s=60)
     known = Snapshot(version=1, full=True, issued_at=0, orgs={"acme": OrgEntry(org="acme", cache_salt="s")})
     directory.apply(known.model_dump_json().encode())
-    await leftovers.take_over(config, cast(Any, edge), directory, clock)
+    await leftovers.take_over(config, cast(Any, edge), directory, clock, sleep)
     return edge
 
 
@@ -71,14 +73,36 @@ async def test_what_the_others_left_is_shipped_and_their_leases_freed(config: Ga
     assert config.folders_of_others() == [] and config.process_dir(0).is_dir()
 
 
-async def test_the_log_of_one_that_still_runs_is_left_to_it(
+async def test_the_log_of_one_that_still_runs_is_left_to_it_until_it_ends(
     config: GatewayConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     running, left = meter_of(config, 1), meter_of(config, 2)
     open_charge(left).close(Outcome.COMPLETED, Usage(input_tokens=5))
     left.close()
-    edge = await take_over(config)
-    assert len(edge.events) == 1 and config.folders_of_others() == [("gateway-1", config.process_dir(1))]
-    (refused,) = [record for record in caplog.records if record.message == "leftover_usage"]
-    assert "running process" in vars(refused)["reason"]
-    running.close()
+
+    async def ends(seconds: float) -> None:
+        assert config.folders_of_others() == [("gateway-1", config.process_dir(1))]
+        running.close()
+
+    edge = await take_over(config, ends)
+    (held,) = [record for record in caplog.records if record.message == "leftover_usage_held"]
+    assert "running process" in vars(held)["reason"]
+    assert len(edge.events) == 1 and config.folders_of_others() == []
+
+
+async def test_what_cannot_be_taken_over_is_said_and_holds_up_no_other(
+    config: GatewayConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in (1, 2):
+        meter_of(config, index).close()
+
+    async def lease(self: Edge, request: LeaseRequest, timeout_s: float) -> Lease:
+        if request.gateway_id == "gateway-1":
+            raise RuntimeError("nobody expected it")
+        return Lease(org=request.org, granted_nano_usd=0, balance_nano_usd=0)
+
+    monkeypatch.setattr(Edge, "lease", lease)
+    await take_over(config)
+    (failed,) = [record for record in caplog.records if record.message == "leftover_usage"]
+    assert vars(failed)["of"] == "gateway-1" and failed.exc_info is not None
+    assert config.folders_of_others() == [("gateway-1", config.process_dir(1))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from zenray.gateway.config import GatewayConfig
@@ -13,23 +14,41 @@ from zenray.gateway.metering import Meter, Shipper
 from zenray.gateway.snapshot import Directory
 from zenray.spec.clock import Clock
 from zenray.spec.edge import LeaseRequest
-from zenray.spec.errors import Unavailable, ZenrayError
+from zenray.spec.errors import Conflict, Unavailable
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_HELD_RETRY_S = 30.0
 
 
-async def take_over(config: GatewayConfig, edge: EdgeClient, directory: Directory, clock: Clock) -> None:
+async def take_over(
+    config: GatewayConfig,
+    edge: EdgeClient,
+    directory: Directory,
+    clock: Clock,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
     """Ship the logs of the processes past `config.processes`, one after another, and give their leases back.
 
-    Returns when all is shipped; a folder that cannot be taken over is named in the log, and left as it is.
+    Returns when all is shipped. A folder that a process still holds is tried again until it does not; one that cannot
+    be taken over is named in the log, and left as it is.
     """
-    for gateway_id, folder in config.folders_of_others():
-        try:
-            await _take_over(gateway_id, folder, config, edge, directory, clock)
-        except (ZenrayError, OSError) as error:
-            log.error("leftover_usage", extra={"of": gateway_id, "folder": str(folder), "reason": str(error)})
+    folders = config.folders_of_others()
+    while folders:
+        held = []
+        for gateway_id, folder in folders:
+            about = {"of": gateway_id, "folder": str(folder)}
+            try:
+                await _take_over(gateway_id, folder, config, edge, directory, clock)
+            except Conflict as error:
+                log.warning("leftover_usage_held", extra=about | {"reason": str(error)})
+                held.append((gateway_id, folder))
+            except Exception:
+                log.exception("leftover_usage", extra=about)
+        folders = held
+        if held:
+            await sleep(_HELD_RETRY_S)
 
 
 async def _take_over(
