@@ -104,7 +104,10 @@ class EngineSettings(Document):
         None, description="None: the catalog's, where max_model_len goes beyond what the model was trained with."
     )
     gpu_memory_bytes: int | None = Field(
-        None, ge=1 << 30, description="Of one GPU. Given: what does not fit is refused before anything starts."
+        None,
+        ge=1 << 30,
+        description="Of one GPU, for whether it fits; None: of those in the platform's `nodes`, else of those that the "
+        "catalog's layouts are made for.",
     )
 
     @property

@@ -59,7 +59,8 @@ class StorageSettings(Document):
 
 
 class Nodes(Document):
-    """A cluster's machines, all alike: for what is reckoned before anything starts (`zenray plan`)."""
+    """A cluster's machines, all alike: for what is reckoned before anything starts (`zenray plan`, whether a deployment
+    fits), and for what a deployment leaves out: with GPUs here it gets the catalog's layout."""
 
     count: int = Field(1, ge=1)
     gpu: str = Field(description="A name of the catalog's GPUs, such as `A100 80GB`.")
