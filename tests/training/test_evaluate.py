@@ -218,6 +218,9 @@ def test_lm_eval_is_given_our_likelihoods(
     assert seen["scores"][1][0] == pytest.approx(seen["rolling"][0], abs=1e-5)
     assert seen["scores"][2] == seen["scores"][0], "a space belongs to what follows"
     assert split(subject, " ", "a") == ([END], subject.encode(" a"))
+    merging = SimpleNamespace(encode={"(": [1], "()": [2], ")": [3], "( )": [1, 4]}.__getitem__, first_token=END)
+    assert split(merging, "(", ")") == ([1], [3])  # type: ignore[arg-type]
+    assert split(merging, "(", " )") == ([1], [4])  # type: ignore[arg-type]
 
 
 def test_what_was_measured_is_told_before_tasks_fail(

@@ -64,6 +64,8 @@ def ask_tasks(wanted: HarnessTasks, subject: Subject) -> tuple[TaskResult, ...]:
 
 def split(subject: Subject, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Both in tokens, as the harness's own models have them: of one text, the context's last spaces with what follows;
-    where nothing stands before, the token that a text begins with."""
+    where nothing stands before, the token that a text begins with. A continuation that disappears in the context's last
+    token is taken by itself: as nothing it would be certain, and always the best."""
     before = subject.encode(context.rstrip())
-    return before or [subject.first_token], subject.encode(context + continuation)[len(before) :]
+    after = subject.encode(context + continuation)[len(before) :] or subject.encode(continuation)
+    return before or [subject.first_token], after
