@@ -32,6 +32,7 @@ from zenray.training.disk import raise_if_full
 FORMAT = 1  # goes into the fingerprint: changed when the files' layout or the order changes
 _BATCH = 256
 _RAW = "raw"
+_MORE_ROOM = "Free some space, or set the work folder to a larger disk."
 _KNOWN = TypeAdapter(dict[str, FileEntry])
 
 
@@ -115,7 +116,7 @@ def prepare(
         except OSError as error:
             so_far_mb = sum(file.stat().st_size for file in partial.iterdir()) / 1e6
             takes = f"the tokens of {', '.join(texts)} take more than {so_far_mb:,.0f} MB"
-            raise_if_full(error, cache, takes, "Free some space, or set the work folder to a larger disk.")
+            raise_if_full(error, cache, takes, _MORE_ROOM)
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -133,9 +134,14 @@ def _text_files(data: TrainingData, cache: Path, shards: TokenShards | None) -> 
             for source in data.sources
         }
         if len(known) > before:
-            unfinished = record.with_suffix(".unfinished")
-            unfinished.write_bytes(_KNOWN.dump_json(known))
-            os.replace(unfinished, record)
+            unfinished, listed = record.with_suffix(".unfinished"), _KNOWN.dump_json(known)
+            try:
+                unfinished.write_bytes(listed)
+                os.replace(unfinished, record)
+            except OSError as error:
+                takes = f"the list of the files of text takes {len(listed) / 1e6:,.1f} MB"
+                raise_if_full(error, cache, takes, _MORE_ROOM)
+                raise
     return found
 
 
