@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Any
 
+from zenray.training.history import files_in
 from zenray.training.report import write_report
 
 
@@ -40,6 +41,13 @@ def test_a_report_has_its_numbers_plots_and_job_in_one_page() -> None:
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures) and len(pictures) == 4
     assert not re.search(r'(?:src|href)="(?!data:)', page), "it needs nothing from elsewhere"
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_what_an_older_run_does_not_say_is_left_out() -> None:
+    older = [{name: value for name, value in event.items() if name != "effective_ratios"} for event in history()]
+    page = write_report("mode@v1", older, {})
+    assert "Loss" in page and "Routing, by layer" not in page
+    assert files_in([{"event": "data", "domains": {}}]) == ()
 
 
 def test_a_dense_network_has_no_routing_to_show() -> None:

@@ -108,7 +108,7 @@ def identities_in(history: list[Event]) -> dict[str, str]:
 
 def files_in(history: list[Event]) -> tuple[FileEntry, ...]:
     """What was read, file by file."""
-    found = next(event["files"] for event in history if event["event"] == "data")
+    found = next(event.get("files", ()) for event in history if event["event"] == "data")
     return tuple(FileEntry.model_validate(file) for file in found)
 
 

@@ -52,8 +52,8 @@ def _facts(steps: Sequence[Step]) -> str:
 def _layers(steps: Sequence[Step]) -> str:
     """How even each sparse layer's load was in the last step, and what its experts had no room for in all steps."""
     last, rows = steps[-1], []
-    for layer, entropy in enumerate(last.entropy_ratios):
-        even = [f"{entropy:.3f}", f"{last.effective_ratios[layer]:.3f}", f"{last.max_violations[layer]:.2f}"]
+    for layer, ratios in enumerate(zip(last.entropy_ratios, last.effective_ratios, last.max_violations, strict=False)):
+        even = [f"{ratio:.{digits}f}" for ratio, digits in zip(ratios, (3, 3, 2), strict=True)]
         lost = [
             sum(counts[layer] for counts in of_steps if counts)
             for of_steps in ([step.dropped_choices for step in steps], [step.fallback_tokens for step in steps])

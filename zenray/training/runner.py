@@ -204,7 +204,9 @@ def _read(base: Checkpoint, checkpoint: StoredCheckpoint, plan: TensorPlan) -> T
 def _even(steps: list[Event]) -> list[float]:
     """H / log E of each sparse layer's load over some steps: a single one of few tokens says little."""
     loads = [
-        torch.tensor(step["loads"], dtype=torch.double) * step["loads_tokens"] for step in steps if step.get("loads")
+        torch.tensor(step["loads"], dtype=torch.double) * step.get("loads_tokens", step["tokens"])
+        for step in steps
+        if step.get("loads")
     ]
     return [load_report(load_E).entropy_ratio for load_E in torch.stack(loads).sum(dim=0)] if loads else []
 
