@@ -2,8 +2,9 @@
 
 import torch
 
+from tests.model.whole_gradients import expert_gradients
 from zenray.model.config import ExpertGroup, MoDEConfig
-from zenray.model.gradients import ExpertGradient, clip_expert_gradients, expert_gradients, expert_squares
+from zenray.model.gradients import ExpertGradient, clip_expert_gradients, expert_squares
 from zenray.model.network import MoDE
 
 CONFIG = MoDEConfig(

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from zenray.model.feed_forward import expert_modules
+from torch import Tensor
 
 
 class ExpertGradient(NamedTuple):
@@ -21,17 +19,6 @@ class ExpertGradient(NamedTuple):
     experts: int  # of the whole bank
     here: slice  # of them, those with values
     values_F: Tensor  # (F, …)
-
-
-def expert_gradients(model: nn.Module) -> list[ExpertGradient]:
-    """Those that a backward pass left in a whole network."""
-    found = []
-    for bank, (module, numbers, is_block) in expert_modules(model).items():
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                values_F = parameter.grad[None] if is_block else parameter.grad
-                found.append(ExpertGradient(bank, len(numbers), slice(0, len(numbers)), values_F))
-    return found
 
 
 @torch.no_grad()
