@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zenray.model import distillation
 from zenray.model.distillation import IGNORED, TeacherStates, TopStates, head_loss, keep_top
@@ -133,6 +134,25 @@ def keeps(teacher_TV: Tensor, count: int, temperature: float = 1.0) -> TopStates
 
 def logits(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number is brought from a tensor's device to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+def test_no_chunk_waits_for_the_device(inputs, monkeypatch) -> None:
+    monkeypatch.setattr(distillation, "CHUNK_TOKENS", 5)
+    with Waits() as waits:
+        head_loss(*inputs, distillation=0.7).total.backward()
+    assert waits.count == 0
 
 
 def test_the_direction_is_teacher_first() -> None:

@@ -38,7 +38,7 @@ UNEVEN = {1: (5,), 2: (3, 2)}  # sequences of each reader in one pass
 LOCAL = {"sliding_window": WINDOW, "local_layers": (0, 2)}
 CASES = {
     "windows": Case(replace(BASE, **LOCAL), UNCLIPPED),
-    "clipped diverse with a teacher": Case(replace(DIVERSE, **LOCAL), CLIPPED, shares=(1.0,)),
+    "clipped diverse with a teacher": Case(replace(DIVERSE, **LOCAL), CLIPPED, shares=((1.0, 1.0),)),
     "teachers of two domains": Case(BASE, UNCLIPPED, shares=((1.0, 0.0), (0.0, 1.0))),
     "domain blocks": Case(DOMAIN_BLOCKS, CLIPPED),
     "a teacher whose answers are kept": Case(BASE, UNCLIPPED),
@@ -85,7 +85,7 @@ def make_trainer(name: str, folder: Path, mesh: Mesh | None = None) -> Trainer:
     }
     answers = NetworkAnswers(lambda: network(replace(BASE, num_hidden_layers=1, sparse_layers=(0,)), 5), 7, 1.0)
     trainer = Trainer(
-        network(BASE, 1), DistillJob(**asked), mesh, kept_teachers=[(TopTeacher(answers, folder, "it", 7), 1.0)]
+        network(BASE, 1), DistillJob(**asked), mesh, kept_teachers=[(TopTeacher(answers, folder, "it", 7), (1.0, 1.0))]
     )
     masters = [one.master for one in trainer.trainables]
     trainer.optimizer = torch.optim.SGD([{"params": masters, "scale": 1.0}], lr=0.1)

@@ -34,7 +34,7 @@ APART = replace(BASE, **FIVE_LAYERS)
 TIED = replace(DIVERSE, **FIVE_LAYERS)
 CASES = {
     "head apart": Case(APART, UNCLIPPED),
-    "tied head, clipped, with a teacher": Case(TIED, CLIPPED, shares=(1.0,)),
+    "tied head, clipped, with a teacher": Case(TIED, CLIPPED, shares=((1.0, 1.0),)),
     "teachers of two domains": Case(APART, UNCLIPPED, shares=((1.0, 0.25), (0.0, 0.75))),
     "domain blocks": Case(replace(DOMAIN_BLOCKS, **FIVE_LAYERS), CLIPPED),
     "one group learns": Case(APART, ADAMW, train=("experts/code", "routers"), optimizer="adamw"),

@@ -25,7 +25,7 @@ from zenray.training.data.stream import Batch, pack
 from zenray.training.layout import layouts_of, local_part
 from zenray.training.mesh import Mesh
 from zenray.training.sharding import let_go
-from zenray.training.trainer import Share, StepReport, Trainer
+from zenray.training.trainer import Shares, StepReport, Trainer
 
 VOCABULARY, LENGTH, PASSES = 61, 12, 2
 SEQUENCES = 7  # of one pass, over all workers: they do not divide evenly
@@ -70,7 +70,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     train: tuple[str, ...] = ("dense", "routers", "experts")
     empty: tuple[int, ...] = ()
-    shares: tuple[Share, ...] = ()
+    shares: tuple[Shares, ...] = ()
     optimizer: str = "sgd"
     dtype: str = "float32"
     recompute: str = "full"
@@ -82,7 +82,7 @@ ADAMW = {**CLIPPED, "weight_decay": 0.1, "learning_rate": 1e-2}
 CASES = {
     "equal experts": Case(BASE, UNCLIPPED),
     "empty experts": Case(BASE, UNCLIPPED, empty=(0, 1, 6)),
-    "diverse experts with a teacher": Case(DIVERSE, UNCLIPPED, shares=(1.0,)),
+    "diverse experts with a teacher": Case(DIVERSE, UNCLIPPED, shares=((1.0, 1.0),)),
     "teachers of two domains": Case(BASE, UNCLIPPED, shares=((1.0, 0.25), (0.0, 0.75))),
     "clipped": Case(BASE, CLIPPED),
     "clipped diverse": Case(DIVERSE, CLIPPED),
@@ -247,7 +247,7 @@ def found_in(trainer: Trainer, outputs: list[torch.Tensor], report: StepReport) 
 
 
 def _parts(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
-    layouts = layouts_of(trainer.model, trainer.mesh, trainer.bank_sizes)
+    layouts = layouts_of(trainer.model, trainer.mesh)
     return {
         name: Part(tensor.detach().clone(), layouts[name].region(), layouts[name].shape)
         for name, tensor in tensors.items()

@@ -54,6 +54,11 @@ def test_every_token_is_an_input_once_and_a_target_only_within_its_document(leng
         assert position == token - begins
 
 
+def test_who_teaches_a_sequence_is_known_without_asking_the_device() -> None:
+    batch = pack([(np.arange(9), np.zeros(9, dtype=np.int64))], [1]).to(torch.device("meta"))
+    assert (batch.ids_BS.device.type, batch.domain_BS.device.type) == ("meta", "cpu")
+
+
 def test_the_mask_lets_a_token_see_its_own_document_up_to_itself() -> None:
     batch = pack([(np.arange(7), np.array([4, 4, 5, 5, 5, 9, 9]))])
     assert batch.document_BS.tolist() == [[0, 0, 1, 1, 1, 5]]
@@ -270,7 +275,11 @@ def test_a_disk_that_is_too_small_for_the_tokens_is_named(tmp_path: Path, monkey
     def full(*_, **__) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("zenray.training.data.tokens._lay_out", full)
     data = job(write_text(tmp_path / "text")).data
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(StorageUnavailable, match=r"disk is full: the list of the files of text takes 0\.0 MB"):
+            prepare(data, base.tokenizer_file, END, 0, tmp_path / "tokens")
+    monkeypatch.setattr("zenray.training.data.tokens._lay_out", full)
     with pytest.raises(StorageUnavailable, match=r"disk is full: the tokens of count, spell take more than 0 MB"):
         prepare(data, base.tokenizer_file, END, 0, tmp_path / "tokens")

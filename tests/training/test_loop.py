@@ -22,7 +22,7 @@ def run(base: Checkpoint, tokens):
     def start(job: TrainingJob, recorder: FolderRecorder, teacher: Checkpoint | None = None) -> Outcome:
         torch.set_num_threads(1)
         model = base.network() if job.weights == "base" else base.fresh_network(job.seed)
-        trainer = Trainer(model, job, teachers=[(teacher.network(), 1.0)] if teacher else ())
+        trainer = Trainer(model, job, teachers=[(teacher.network(), (1.0, 1.0))] if teacher else ())
         return train(trainer, TrainingSet.open(job, tokens), recorder)
 
     return start
@@ -73,7 +73,7 @@ def test_distillation_draws_the_student_to_its_teacher(run, text, tmp_path, tmp_
 def test_a_teacher_of_another_vocabulary_is_refused(base, text, tmp_path) -> None:
     other = Checkpoint.open(write_version(tmp_path / "other", replace(CONFIG, vocab_size=300)))
     with pytest.raises(InvalidValue, match="300 tokens in its vocabulary, the student 257"):
-        Trainer(base.network(), job(text, "distill"), teachers=[(other.network(), 1.0)])
+        Trainer(base.network(), job(text, "distill"), teachers=[(other.network(), (1.0, 1.0))])
 
 
 def test_a_step_that_is_not_finite_changes_nothing(run, base, tokens, text) -> None:

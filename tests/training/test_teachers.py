@@ -219,9 +219,9 @@ def test_with_all_tokens_kept_a_step_is_that_with_the_teacher_beside_it(base, te
     data = TrainingSet.open(wanted, prepare(wanted.data, base.tokenizer_file, base.end_token, 0, tmp_path / "tokens"))
     reports = []
     for count in (None, VOCABULARY, 20):
-        beside = [(teacher.network(), 1.0)] if count is None else []
+        beside = [(teacher.network(), (1.0, 1.0))] if count is None else []
         answers = NetworkAnswers(teacher.network, count or 0, temperature)
-        kept = [(TopTeacher(answers, tmp_path / "kept", "t", count, temperature), 1.0)] if count else []
+        kept = [(TopTeacher(answers, tmp_path / "kept", "t", count, temperature), (1.0, 1.0))] if count else []
         trainer = Trainer(base.network(), wanted, teachers=beside, kept_teachers=kept)
         reports.append([trainer.step(step, data.step(wanted, trainer.mesh, step)) for step in range(2)])
     for full, all_kept, few in zip(*reports, strict=True):

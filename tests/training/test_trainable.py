@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.model.whole_gradients import expert_gradients
 from tests.training.tiny import CONFIG, job
 from zenray.model.config import ExpertGroup
-from zenray.model.gradients import expert_gradients, expert_squares
+from zenray.model.gradients import expert_squares
 from zenray.model.network import MoDE
 from zenray.spec.errors import InvalidValue
 from zenray.training.data.stream import Batch, pack
@@ -36,7 +37,7 @@ def batch() -> Batch:
 def make(text: dict[str, Path], teacher: MoDE | None = None, **changes: Any) -> Trainer:
     torch.manual_seed(0)
     wanted = job(text, "distill" if teacher else "pretrain", **changes)
-    return Trainer(MoDE(DIVERSE), wanted, teachers=[(teacher, 1.0)] if teacher else ())
+    return Trainer(MoDE(DIVERSE), wanted, teachers=[(teacher, (1.0, 1.0))] if teacher else ())
 
 
 def changed_by_a_step(trainer: Trainer, batch: Batch) -> set[str]:

@@ -145,6 +145,14 @@ def _losses(logits: Tensor, labels: Tensor, teachers: Sequence[Taught], temperat
     return lm, kl
 
 
+def _taught(teachers: Sequence[Taught], parts: Sequence[slice]) -> list[list[Taught]]:
+    """What teachers say of each part, of those that teach in it. Waits for the device, once."""
+    found = [[teacher.part(part) for teacher in teachers] for part in parts]
+    weights = [one.weight_T.any() for part in found for one in part]
+    teaches = iter(torch.stack(weights).tolist() if weights else ())
+    return [[one for one in part if next(teaches)] for part in found]
+
+
 class _ChunkedHead(torch.autograd.Function):
     """Computes each chunk's gradient together with its loss, so that no chunk's logits outlive it."""
 
@@ -162,10 +170,9 @@ class _ChunkedHead(torch.autograd.Function):
         lm, kl = (torch.zeros((), device=h_TD.device) for _ in range(2))
         dh_TD = torch.empty_like(h_TD) if needs_h else None
         dhead_VD = None
-        for start in range(0, h_TD.shape[0], CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        parts = [slice(start, start + CHUNK_TOKENS) for start in range(0, h_TD.shape[0], CHUNK_TOKENS)]
+        for part, taught in zip(parts, _taught(teachers, parts), strict=True):
             h, labels = h_TD[part], labels_T[part]
-            taught = [one for teacher in teachers if (one := teacher.part(part)).weight_T.any()]
             logits = linear(h, head_VD).float()
             if needs_h or needs_head:
                 chunk_lm, chunk_kl, dlogits = _with_gradient(logits, labels, taught, distillation, temperature)

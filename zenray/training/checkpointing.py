@@ -132,7 +132,7 @@ def _quiet() -> Iterator[None]:
 
 def _tensors(trainer: Trainer) -> dict[str, Any]:
     """Everything that changes, under one flat name each, sharing memory with the trainer."""
-    layouts = layouts_of(trainer.model, trainer.mesh, trainer.bank_sizes)
+    layouts = layouts_of(trainer.model, trainer.mesh)
     held = {name: local_part(tensor) for name, tensor in named_tensors(trainer.model).items()}
     held |= {one.name: one.master.detach() for one in trainer.trainables}
     state = {_WEIGHT + name: layouts[name].as_part(tensor) for name, tensor in held.items()}

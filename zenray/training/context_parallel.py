@@ -44,9 +44,6 @@ class BatchPart(Batch):
         """(B, 1, S, L): where this worker's tokens (`of`: those of these places alone) may look in the sequence."""
         return self.whole.mask(window, self.places_S if of is None else self.places_S[of])
 
-    def to(self, device: torch.device) -> BatchPart:
-        return BatchPart(**{name: held.to(device) for name, held in vars(self).items()})
-
     def sequences(self, which_B: Tensor) -> BatchPart:
         own = {name: getattr(self, name)[which_B] for name in vars(self.whole)}
         return BatchPart(**own, whole=self.whole.sequences(which_B), places_S=self.places_S)

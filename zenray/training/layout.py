@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from zenray.model.network import MoDE
 from zenray.training.mesh import Mesh, chunk
-from zenray.training.trainable import named_tensors
+from zenray.training.trainable import bank_sizes, named_tensors
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Layout:
         return tuple(found)
 
 
-def layouts_of(model: MoDE, mesh: Mesh, sizes: dict[str, int]) -> dict[str, Layout]:
-    """Of every parameter and buffer. `sizes`: of every whole bank."""
+def layouts_of(model: MoDE, mesh: Mesh) -> dict[str, Layout]:
+    """Of every parameter and buffer."""
+    sizes = bank_sizes(model)
     return {name: _layout(name, tensor, mesh, sizes) for name, tensor in named_tensors(model).items()}
 
 

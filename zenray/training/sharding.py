@@ -20,12 +20,11 @@ from zenray.training.loss import Objective
 from zenray.training.mesh import Mesh
 
 
-def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype, sizes: dict[str, int]) -> None:
+def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype) -> None:
     """Cut the weights of `objective` in place, `dtype` being that of the arithmetic. Collective.
 
-    `sizes`: experts of every whole bank. Nothing is done where `mesh` is not fully sharded. Gradients are
-    summed in float32, not averaged: the loss is a share of the whole batch's already. From then on the network may be
-    run by `objective` alone.
+    Nothing is done where `mesh` is not fully sharded. Gradients are summed in float32, not averaged: the loss is a
+    share of the whole batch's already. From then on the network may be run by `objective` alone.
     """
     if mesh.everyone is None or mesh.device_mesh is None:
         return
@@ -33,9 +32,9 @@ def shard(objective: Objective, mesh: Mesh, dtype: torch.dtype, sizes: dict[str,
     model = objective.model
     replicas = FSDPMeshInfo(mesh.device_mesh["replica"], shard_mesh_dim=0) if mesh.expert_size > 1 else None
     placed: dict[nn.Parameter, Shard | ShardPlacementResult] = {}
-    for name, bank in expert_banks(model):
+    for _, bank in expert_banks(model):
         for weight in bank.parameters():
-            placement = expert_placement(sizes[name], weight.shape[1], mesh)
+            placement = expert_placement(bank.whole_experts, weight.shape[1], mesh)
             placed[weight] = placement if replicas is None else ShardPlacementResult(placement, replicas)
     empty = {weight for weight in placed if weight.shape[0] == 0}  # of a worker without experts: FSDP knows no such
     for layer in model.model.layers:

@@ -28,14 +28,14 @@ from zenray.training.recompute import recompute
 from zenray.training.sharding import let_go, shard
 from zenray.training.stages import keep_stage
 from zenray.training.teachers import TopTeacher
-from zenray.training.trainable import bank_sizes, choose, publish_masters, trainables
+from zenray.training.trainable import choose, publish_masters, trainables
 
 Accept = Callable[[float, float], bool]
 """Whether a step with this loss and this gradient norm may change the network."""
 
 
-Share = float | Sequence[float]
-"""What a teacher counts for a token, of all its teachers 1: everywhere, or in each of the job's domains, in order."""
+Shares = Sequence[float]
+"""What a teacher counts for a token in each of the job's domains, in order; of all its teachers 1."""
 
 
 def is_finite(loss: float, gradient_norm: float) -> bool:
@@ -84,15 +84,15 @@ class Trainer:
         model: MoDE,
         job: TrainingJob,
         mesh: Mesh | None = None,
-        teachers: Sequence[tuple[MoDE, Share]] = (),
-        kept_teachers: Sequence[tuple[TopTeacher, Share]] = (),
+        teachers: Sequence[tuple[MoDE, Shares]] = (),
+        kept_teachers: Sequence[tuple[TopTeacher, Shares]] = (),
     ) -> None:
         """`teachers`: networks and what they count; `kept_teachers`: those of which the likeliest tokens are kept.
 
         InvalidValue for a teacher of another vocabulary, or nothing to train.
         """
         self.model, self.job, self.mesh = model, job, mesh or Mesh()
-        self.kept_teachers = [(teacher, self._by_domain(share)) for teacher, share in kept_teachers]
+        self.kept_teachers = [(teacher, torch.tensor(shares)) for teacher, shares in kept_teachers]
         for teacher, _ in teachers:
             require_vocabulary(teacher.config.vocab_size, model.config.vocab_size)
         dtype = getattr(torch, job.dtype)
@@ -100,16 +100,15 @@ class Trainer:
             router = replace(model.config.router, balance_coefficient=job.optimisation.balance_coefficient)
             model.config = replace(model.config, router=router)
         keep_stage(model, self.mesh)
-        self.bank_sizes = bank_sizes(model)
         choose(model, job.train, dtype)
         parallelize(model, self.mesh)
         if job.workers.compiled:
             compile_layers(model, job.activation_checkpointing, self.mesh.device, dtype)
         recompute(model, job.activation_checkpointing)
-        self.objective = self._place(model, dtype, self.bank_sizes, has_head=self.mesh.is_last_stage)
+        self.objective = self._place(model, dtype, has_head=self.mesh.is_last_stage)
         self.pipeline = Pipeline(self.mesh, model.config.hidden_size, dtype) if self.mesh.stages > 1 else None
         self.trainables = trainables(model, self.mesh, job.train, dtype)
-        self.teachers = [(self._place_teacher(teacher, dtype), self._by_domain(share)) for teacher, share in teachers]
+        self.teachers = [(self._place_teacher(teacher, dtype), torch.tensor(shares)) for teacher, shares in teachers]
         self.optimizer = make_optimizer(self.trainables, job.optimisation)
 
     def step(self, index: int, batches: Sequence[Batch], accept: Accept = is_finite) -> StepReport:
@@ -170,21 +169,20 @@ class Trainer:
         let_go(objective)
         return passes.loss()
 
-    def _place(self, model: MoDE, dtype: torch.dtype, sizes: dict[str, int], *, has_head: bool = True) -> Objective:
+    def _place(self, model: MoDE, dtype: torch.dtype, *, has_head: bool = True) -> Objective:
         """On this worker's device, seeing whole sequences, and cut where weights are sharded."""
         share_sequences(model, self.mesh)
         objective = Objective(model.to(self.mesh.device), has_head=has_head)
-        shard(objective, self.mesh, dtype, sizes)
+        shard(objective, self.mesh, dtype)
         return objective
 
     def _place_teacher(self, teacher: MoDE, dtype: torch.dtype) -> Objective:
         teacher.eval().requires_grad_(False)
         if not self.mesh.is_last_stage:  # which alone asks it: here its shape is enough
             return Objective(teacher.to("meta"))
-        sizes = bank_sizes(teacher)
         if self.mesh.fully_sharded:
             parallelize(teacher, self.mesh)
-        return self._place(teacher, dtype, sizes)
+        return self._place(teacher, dtype)
 
     def _forward(self, batch: Batch, x_BSD: Tensor | None) -> tuple[HeadLoss | Tensor, list[RouterStats]]:
         if not isinstance(self.job, DistillJob) or not self.mesh.is_last_stage:
@@ -197,26 +195,25 @@ class Trainer:
             let_go(teacher)
         return found
 
-    def _by_domain(self, share: Share) -> Tensor:
-        return torch.as_tensor(share, dtype=torch.float32, device=self.mesh.device).expand(len(self.job.data.sources))
-
     @torch.no_grad()
     def _ask_networks(self, batch: Batch) -> Iterator[Taught]:
         for teacher, shares in self.teachers:
             weight_BS = shares[batch.domain_BS]
             taught_B = weight_BS.any(dim=1) | self.mesh.fully_sharded  # a network that is cut is run by all workers
             if taught_B.any():
-                h_TD = _spread(teacher.hidden_states(batch.sequences(taught_B)), taught_B)
-                yield TeacherStates(h_TD, teacher.model.lm_head.weight, weight_BS.flatten())
+                h_TD = _spread(teacher.hidden_states(_taught(batch, taught_B)), taught_B)
+                weight_T = weight_BS.flatten().to(self.mesh.device, non_blocking=True)
+                yield TeacherStates(h_TD, teacher.model.lm_head.weight, weight_T)
 
     def _ask_kept(self, batch: Batch) -> Iterator[Taught]:
         for teacher, shares in self.kept_teachers:
             weight_BS = shares[batch.domain_BS]
             taught_B = weight_BS.any(dim=1)
             if taught_B.any():
-                top = top_logits(teacher, batch.sequences(taught_B), self.mesh)
+                top = top_logits(teacher, _taught(batch, taught_B), self.mesh)
                 ids_TN, log_probs_TN = (_spread(one.to(self.mesh.device), taught_B) for one in top[:2])
-                yield TopStates(top._replace(ids_TN=ids_TN, log_probs_TN=log_probs_TN), weight_BS.flatten())
+                weight_T = weight_BS.flatten().to(self.mesh.device, non_blocking=True)
+                yield TopStates(top._replace(ids_TN=ids_TN, log_probs_TN=log_probs_TN), weight_T)
 
     def _reduce_and_clip(self) -> GradientNorms:
         settings = self.job.optimisation
@@ -230,6 +227,11 @@ class Trainer:
         decay_partly_frozen(self.trainables, self.job.optimisation, rate)
         self.optimizer.step()
         publish_masters(self.trainables)
+
+
+def _taught(batch: Batch, taught_B: Tensor) -> Batch:
+    """The sequences at which `taught_B` is true. It is on the CPU: where those are all, nothing waits for a device."""
+    return batch if taught_B.all() else batch.sequences(taught_B)
 
 
 def _spread(found_T: Tensor, taught_B: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from zenray.training.networks import Checkpoint
 from zenray.training.notice import Notice, watch_in_actor
 from zenray.training.stages import keep_stage
 from zenray.training.teachers import Ask, EndpointAnswers, NetworkAnswers, TopTeacher
-from zenray.training.trainer import Share, Trainer, require_vocabulary
+from zenray.training.trainer import Shares, Trainer, require_vocabulary
 from zenray.training.uploads import RayRecorder
 
 
@@ -94,13 +94,13 @@ def keep_share(model: MoDE, mesh: Mesh) -> None:
 
 def _teachers(
     job: TrainingJob, store: ObjectStore, work_dir: Path, vocab_size: int, mesh: Mesh
-) -> tuple[list[tuple[MoDE, Share]], list[tuple[TopTeacher, Share]]]:
+) -> tuple[list[tuple[MoDE, Shares]], list[tuple[TopTeacher, Shares]]]:
     """Networks that run beside the student, and those whose answers are kept; with what each counts in each domain.
 
     Only the last pipeline stage, which asks them, has networks in memory.
     """
-    networks: list[tuple[MoDE, Share]] = []
-    kept: list[tuple[TopTeacher, Share]] = []
+    networks: list[tuple[MoDE, Shares]] = []
+    kept: list[tuple[TopTeacher, Shares]] = []
     if not isinstance(job, DistillJob):
         return networks, kept
     dtype = getattr(torch, job.dtype)

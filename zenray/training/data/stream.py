@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Batch:
     labels_BS: Tensor  # int64: the next token of the same document, or IGNORED
     positions_BS: Tensor  # int64: from 0 in each document
     document_BS: Tensor  # int64
-    domain_BS: Tensor  # int64: the number of the domain, among the run's
+    domain_BS: Tensor  # int64: the number of the domain, among the run's; on the CPU, where it decides who teaches
 
     @property
     def num_targets(self) -> int:
@@ -48,8 +49,10 @@ class Batch:
             seen = seen & (of[:, None] - place[None, :] < window)
         return (seen & (self.document_BS[:, of, None] == self.document_BS[:, None, :]))[:, None]
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+    def to(self, device: torch.device) -> Self:
+        """All but `domain_BS`."""
+        moved = {name: held.to(device) for name, held in vars(self).items() if name != "domain_BS"}
+        return replace(self, **moved)
 
     def sequences(self, which_B: Tensor) -> Batch:
         """Those at which `which_B` is true."""
