@@ -10,13 +10,24 @@ import pytest_asyncio
 from tests.cluster.ray_session import ray_session as ray_session
 from tests.gateway.running import Engine, FakeControl, RunningGateway
 
+TRAINS = ("test_evaluate_task", "test_jobs", "test_training", "test_training_data", "test_training_store")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2`: tests of one file stay together, and so do all that need Ray, which is started once."""
+    """With `-n 2`: tests of one file stay together, and so do those that share a Ray: one for serving, one for jobs.
+
+    These two take longest, so they come first, one on each worker.
+    """
     for item in items:
         if "contract" in item.path.parts:
-            group = "ray" if "ray_session" in getattr(item, "fixturenames", ()) else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: "contract" in item.path.parts and not _group(item).startswith("ray"))
+
+
+def _group(item: pytest.Item) -> str:
+    if "ray_session" not in getattr(item, "fixturenames", ()):
+        return item.path.stem
+    return "ray: jobs" if item.path.stem in TRAINS else "ray: serving"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -89,15 +89,16 @@ def check_books(platform: TestPlatform, org: str, least_requests: int) -> dict[s
 
     def settled() -> list[dict[str, object]]:
         first = platform.rows(sql, org)
-        time.sleep(2.5)  # longer than the gateway's shipping interval, and than a restart
-        return first if first and len(first) == len(platform.rows(sql, org)) else []
+        if len(first) < least_requests:  # a gateway that has met a dead control tries again after some seconds
+            return []
+        time.sleep(2.5)  # longer than the gateway's shipping interval: nothing comes twice, or late
+        return first if len(first) == len(platform.rows(sql, org)) else []
 
     wait_until(lambda: _healthy(platform), "all parts are up again", 120)
     events = wait_until(settled, "the ledger has settled", 120)
     tap = read_tap(platform.tap_file)
     by_request = {str(event["request_id"]): event for event in events}
     assert len(by_request) == len(events), "no request is billed twice"
-    assert len(events) >= least_requests
 
     in_flight: dict[str, int] = {}
     for request_id, event in by_request.items():
