@@ -13,6 +13,7 @@ from tests.gateway.running import Engine, FakeControl, RunningGateway
 TRAINS = ("test_evaluate_task", "test_jobs", "test_training", "test_training_data", "test_training_store")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2`: tests of one file stay together, and so do those that share a Ray: one for serving, one for jobs.
 
