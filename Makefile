@@ -62,4 +62,4 @@ parity e2e:
 	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 5
 
 contract:
-	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 15 -n 2 --dist loadgroup --no-loadscope-reorder
+	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 15 -n 2 --dist loadfile --no-loadscope-reorder

@@ -10,25 +10,14 @@ import pytest_asyncio
 from tests.cluster.ray_session import ray_session as ray_session
 from tests.gateway.running import Engine, FakeControl, RunningGateway
 
-TRAINS = ("test_evaluate_task", "test_jobs", "test_training", "test_training_data", "test_training_store")
+LONGEST = ("test_training", "test_data_path", "test_jobs", "test_mode_vllm")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2`: tests of one file stay together, and so do those that share a Ray: one for serving, one for jobs.
-
-    These two take longest, so they come first, one on each worker.
-    """
-    for item in items:
-        if "contract" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=lambda item: "contract" in item.path.parts and not _group(item).startswith("ray"))
-
-
-def _group(item: pytest.Item) -> str:
-    if "ray_session" not in getattr(item, "fixturenames", ()):
-        return item.path.stem
-    return "ray: jobs" if item.path.stem in TRAINS else "ray: serving"
+    """With `-n 2 --dist loadfile` each worker takes one file after the other, and starts one Ray for all its files: the
+    longest come first, so that both workers end together."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)) if "contract" in item.path.parts else -1)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
