@@ -38,14 +38,14 @@ def chat(words: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": f"[[{words}]]"}], "stream": True, "stream_options": USAGE} | fields
 
 
-def rays_metrics(ray_session: RaySession, *names: str) -> list[str]:
-    """Lines of Ray's pages for Prometheus with these names, once all of them are there."""
+def rays_metrics(ray_session: RaySession, model: str, *names: str) -> list[str]:
+    """Lines of Ray's pages for Prometheus with these names and this model's, once there are some of each name."""
     targets = Path(ray_session.record().temp_dir) / "prom_metrics_service_discovery.json"
     addresses = [target for entry in orjson.loads(targets.read_bytes()) for target in entry["targets"]]
     deadline = time.monotonic() + 60  # Ray's agent collects every few seconds
     while True:
         pages = [httpx.get(f"http://{address}/metrics", timeout=10).text for address in addresses]
-        found = [line for page in pages for line in page.splitlines() if line.startswith("ray_")]
+        found = [line for page in pages for line in page.splitlines() if f'"{model}"' in line]
         shown = [line for line in found if line.split("{")[0].removeprefix("ray_") in names]
         if {line.split("{")[0].removeprefix("ray_") for line in shown} == set(names):
             return shown
@@ -134,8 +134,8 @@ class TestOneReplica:
             "zenray_autoscaling_wish",
             "serve_autoscaling_desired_replicas",
         )
-        shown = rays_metrics(ray_session, *wanted)
-        assert any('model_name="path"' in line and "engine" in line for line in shown)
+        shown = rays_metrics(ray_session, "path", *wanted)
+        assert all('model_name="path"' in line for line in shown if "zenray" in line)
         token = {"authorization": f"Bearer {ray_session.addresses.token()}"}
         page = httpx.get(f"{ray_session.addresses.dashboard_url}/api/serve/applications/", headers=token).json()
         assert list(page["applications"][app.name]["deployments"]) == ["path"]
@@ -264,7 +264,7 @@ def test_real_vllm_takes_the_same_path(ray_session: RaySession, harness: Harness
     (url,) = status.applications[app.name].replica_urls.values()
     check_replica(url, ENGINE_KEY, "tiny")
     of_vllm = ("num_requests_running", "generation_tokens_total", "time_to_first_token_seconds_bucket")
-    shown = rays_metrics(ray_session, *(f"vllm_{name}" for name in of_vllm))
+    shown = rays_metrics(ray_session, "tiny", *(f"vllm_{name}" for name in of_vllm))
     assert all('model_name="tiny"' in line and 'engine="0"' in line for line in shown)
     assert max(float(line.rsplit(" ", 1)[1]) for line in shown if "generation_tokens_total" in line) > 0
     harness.cluster.apply([])
