@@ -18,7 +18,7 @@ from zenray.storage.job_record import job_journal
 from zenray.training.evaluate import evaluate
 from zenray.training.events import EventPlace, EventStream
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.nightly]
 
 # In a process of its own, as jobs are: Ray reads its environment when it is imported.
 EVALUATE = """

@@ -94,6 +94,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     same_result(run, unbroken)
 
 
+@pytest.mark.nightly
 def test_what_only_workers_can_find_wrong_ends_the_run_at_once(ray_session: RaySession, tmp_path: Path) -> None:
     """However many failures the job allows: it would come again each time."""
     run = Run(tmp_path, in_session(ray_session))
