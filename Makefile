@@ -59,7 +59,7 @@ fast-others:
 	@echo "== fast tests without torch"; $(pytest) tests $(heavy:%=--ignore=%) $(with_torch:%=--ignore=%) -m "not nightly"
 
 parity e2e:
-	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 5
+	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --timeout 900 --durations 5
 
 contract:
-	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --durations 15 -n 2 --dist loadfile --no-loadscope-reorder
+	@echo "== $@ tests"; $(pytest) tests/$@ -m "not nightly" --timeout 900 --durations 15 -n 2 --dist loadfile --no-loadscope-reorder

@@ -25,7 +25,7 @@ from zenray.storage.pinning import pin
 from zenray.storage.versions import find_manifest
 
 pytestmark = pytest.mark.contract
-PATIENCE_S = 180
+PATIENCE_S = 300
 
 
 class Control:

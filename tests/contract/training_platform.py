@@ -26,7 +26,7 @@ from zenray.storage.local import LocalStore
 from zenray.storage.versions import publish
 
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE_S = 120  # for one condition; a machine under load may need most of it
+PATIENCE_S = 240  # for one condition; a machine under load may need most of it
 TWO_WORKERS: dict[str, Any] = {"workers": {"count": 2, "expert_parallel": 2, "cpus": 0.5}}
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # or 127.0.0.1 is taken for this machine's outer address
 Steps = list[dict[str, Any]]

@@ -39,7 +39,7 @@ def storm(platform: TestPlatform, client: openai.OpenAI, load: Load, seed: int) 
 
     def one(plan: tuple[str, int | None]) -> None:
         prompt, cut_after = plan
-        for _ in range(200):  # a request that was refused because a part was down is sent anew
+        for _ in range(900):  # a request that was refused because a part was down is sent anew
             try:
                 stream = client.chat.completions.create(
                     model=load.model, messages=[{"role": "user", "content": prompt}], max_tokens=48, stream=True
@@ -59,7 +59,7 @@ def storm(platform: TestPlatform, client: openai.OpenAI, load: Load, seed: int) 
             finally:
                 stream.close()
             return
-        raise AssertionError("a request was refused for 20 s")
+        raise AssertionError("a request was refused for 90 s")
 
     def counted(plan: tuple[str, int | None]) -> None:
         nonlocal finished
