@@ -94,8 +94,8 @@ class RunningGateway:
         self._readers.append(asyncio.create_task(self._read(self._process)))
         listening = await self.logged("listening")
         self.url = listening["url"]
-        for _ in range(int(str(self._settings.get("processes", 1)))):
-            await self.logged("started")
+        for number in range(int(str(self._settings.get("processes", 1)))):
+            await self.logged("started", gateway_id=f"gateway-{number}")
         if wait_for_snapshot:
             await self.logged("snapshot_applied")
         return self
