@@ -1,5 +1,8 @@
 """Streamed safetensors files: equal to the library's, whole or absent."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +43,25 @@ def test_out_of_order_or_wrong_shape_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(InvalidValue, match="3 of 4 planned tensors"), TensorWriter(tmp_path, PLANS) as writer:
         writer.write("a", TENSORS["a"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_of_though_another_thread_writes_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for ahead in (64 << 20, 8):  # found at the end, or while the next tensor is given
+        monkeypatch.setattr(TensorWriter, "AHEAD_BYTES", ahead)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space left"), TensorWriter(tmp_path, PLANS) as writer:
+                for name, tensor in TENSORS.items():
+                    writer.write(name, tensor)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_is_far_behind_holds_the_one_who_gives_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(TensorWriter, "AHEAD_BYTES", 8)
+    test_what_is_written_is_read_back(tmp_path, 10**9)
 
 
 def test_what_is_missing_or_broken_says_so(tmp_path):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -95,9 +98,14 @@ class TensorFolder:
 class TensorWriter:
     """Writes planned tensors, in the planned order, into one file or into shards of at most `shard_bytes`.
 
-    Files get their names at the end: after an error none of them is there. Deterministic, byte for byte. One tensor
-    larger than `shard_bytes` gets a shard to itself.
+    Files get their names at the end, when the disk has them whole: after an error none of them is there.
+    Deterministic, byte for byte. One tensor larger than `shard_bytes` gets a shard to itself.
+
+    A thread writes and waits for the disk while the caller makes what comes next. It is at most `AHEAD_BYTES` behind,
+    or one tensor where that is larger; tensors must not be changed once they are given.
     """
+
+    AHEAD_BYTES = 64 << 20
 
     def __init__(self, folder: Path, plans: Iterable[TensorPlan], *, shard_bytes: int = 5_000_000_000) -> None:
         self._folder = folder
@@ -107,6 +115,9 @@ class TensorWriter:
         self._next = 0
         self._file: BinaryIO | None = None
         self._open_shard = -1
+        self._unsynced_bytes = 0
+        self._thread = ThreadPoolExecutor(1, "tensor-writer")
+        self._behind: deque[tuple[Future[None], int]] = deque()
 
     @property
     def total_bytes(self) -> int:
@@ -118,11 +129,19 @@ class TensorWriter:
         found = TensorPlan(name, tuple(tensor.shape), tensor.dtype)
         if found != plan:
             raise InvalidValue(f"Tensor {found} was written where {plan} was planned.")
+        self._next += 1
+        while sum(size for _, size in self._behind) + plan.size_bytes > self.AHEAD_BYTES and self._behind:
+            self._behind.popleft()[0].result()
+        self._behind.append((self._thread.submit(self._write, shard, tensor), plan.size_bytes))
+
+    def _write(self, shard: int, tensor: Tensor) -> None:
         if shard != self._open_shard:
             self._begin(shard)
         assert self._file is not None
         self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-        self._next += 1
+        self._unsynced_bytes += tensor.nbytes
+        if self._unsynced_bytes >= self.AHEAD_BYTES // 4:
+            self._sync()
 
     def __enter__(self) -> TensorWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -131,22 +150,35 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
-        partial = [self._partial(shard) for shard in range(len(self._shards))]
-        missing = len(self._queue) - self._next
-        if kind is not None or missing:
-            for path in partial:
-                path.unlink(missing_ok=True)
+        whole = False
+        try:
             if kind is None:
-                raise InvalidValue(f"{missing} of {len(self._queue)} planned tensors were never written.")
-            return
-        for path, name in zip(partial, self._names, strict=True):
-            path.replace(self._folder / name)
+                self._finish()
+                whole = True
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            if self._file is not None:
+                self._file.close()
+            if not whole:
+                for shard in range(len(self._shards)):
+                    self._partial(shard).unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        for written, _ in self._behind:
+            written.result()
+        missing = len(self._queue) - self._next
+        if missing:
+            raise InvalidValue(f"{missing} of {len(self._queue)} planned tensors were never written.")
+        self._thread.submit(self._sync).result()
+        for shard, name in enumerate(self._names):
+            self._partial(shard).replace(self._folder / name)
         if len(self._shards) > 1:
             self._write_index()
 
     def _begin(self, shard: int) -> None:
-        self._close()
+        self._sync()
+        if self._file is not None:
+            self._file.close()
         self._file = self._partial(shard).open("wb")
         self._open_shard = shard
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -160,10 +192,12 @@ class TensorWriter:
         text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
         self._file.write(struct.pack("<Q", len(text)) + text)
 
-    def _close(self) -> None:
+    def _sync(self) -> None:
+        """Wait until the disk has what was written."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._unsynced_bytes = 0
 
     def _partial(self, shard: int) -> Path:
         return self._folder / f".{self._names[shard]}.partial"

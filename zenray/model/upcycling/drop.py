@@ -36,31 +36,41 @@ class FeedForwardWeights(NamedTuple):
     def width(self) -> int:
         return self.gate_ID.shape[0]
 
-
-def drop(ffn: FeedForwardWeights, mode: DropMode, rate: float, generator: torch.Generator) -> FeedForwardWeights:
-    """One expert: a copy of `ffn` of which a share `rate` is drawn anew. Kept weights are the same bits."""
-    if mode == "copy" or rate == 0:
-        return FeedForwardWeights(*(matrix.clone() for matrix in ffn))
-    if mode == "rows":
-        return FeedForwardWeights(*(_redraw_rows_narrowly(matrix, rate, generator) for matrix in ffn))
-    shared = choose(ffn.width, rate, generator) if mode == "joint" else None
-    redrawn = []
-    for matrix, axis in zip(ffn, (0, 0, 1), strict=True):
-        index = choose(ffn.width, rate, generator) if shared is None else shared
-        redrawn.append(_redraw(matrix, index, axis, generator))
-    return FeedForwardWeights(*redrawn)
+    def first(self, count: int) -> FeedForwardWeights:
+        """A view of its first neurons."""
+        return FeedForwardWeights(self.gate_ID[:count], self.up_ID[:count], self.down_DI[:, :count])
 
 
-def widen(ffn: FeedForwardWeights, width: int, generator: torch.Generator) -> FeedForwardWeights:
-    """`ffn` with new neurons after its own, up to `width`. They listen as the others do, and say nothing yet."""
-    more = width - ffn.width
-    if not more:
-        return ffn
-    gate, up = (_drawn_like(matrix, (more, matrix.shape[1]), generator) for matrix in ffn[:2])
-    down = ffn.down_DI.new_zeros(ffn.down_DI.shape[0], more)
-    return FeedForwardWeights(
-        torch.cat([ffn.gate_ID, gate]), torch.cat([ffn.up_ID, up]), torch.cat([ffn.down_DI, down], dim=1)
-    )
+def drop(
+    ffn: FeedForwardWeights,
+    mode: DropMode,
+    rate: float,
+    generator: torch.Generator,
+    into: FeedForwardWeights | None = None,
+) -> FeedForwardWeights:
+    """One expert: a copy of `ffn` of which a share `rate` is drawn anew. Kept weights are the same bits.
+
+    Made in `into`, of the same shapes, where that is given: an expert's place in a bank needs no copy of its own.
+    """
+    made = FeedForwardWeights(*map(torch.empty_like, ffn)) if into is None else into
+    shared = choose(ffn.width, rate, generator) if mode == "joint" and rate else None
+    for old, new, axis in zip(ffn, made, (0, 0, 1), strict=True):
+        new.copy_(old)
+        if mode == "copy" or rate == 0:
+            continue
+        if mode == "rows":
+            _redraw_rows_narrowly(new, rate, generator)
+        else:
+            _redraw(new, choose(ffn.width, rate, generator) if shared is None else shared, axis, generator)
+    return made
+
+
+def widen(expert: FeedForwardWeights, known: int, generator: torch.Generator) -> None:
+    """Make the neurons after the first `known`, in place. They listen as the others do, and say nothing yet."""
+    if known < expert.width:
+        for matrix in (expert.gate_ID, expert.up_ID):
+            matrix[known:] = _drawn_like(matrix[:known], matrix[known:].shape, generator)
+        expert.down_DI[:, known:] = 0
 
 
 def some_neurons(ffn: FeedForwardWeights, width: int, generator: torch.Generator) -> FeedForwardWeights:
@@ -80,12 +90,11 @@ def seeded(seed: int, *path: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _redraw(matrix: Tensor, index: Tensor, axis: int, generator: torch.Generator) -> Tensor:
-    """`matrix` with the slices `index` along `axis` replaced by N(μ, σ²), μ and σ those of the replaced weights."""
+def _redraw(matrix: Tensor, index: Tensor, axis: int, generator: torch.Generator) -> None:
+    """Replace the slices `index` of `matrix` along `axis` by N(μ, σ²), μ and σ those of the replaced weights."""
     old = matrix.index_select(axis, index)
-    if not old.numel():
-        return matrix.clone()
-    return matrix.clone().index_copy_(axis, index, _drawn_like(old, old.shape, generator))
+    if old.numel():
+        matrix.index_copy_(axis, index, _drawn_like(old, old.shape, generator))
 
 
 def _drawn_like(old: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -96,9 +105,9 @@ def _drawn_like(old: Tensor, shape: tuple[int, ...], generator: torch.Generator)
     return new.to(old.dtype)
 
 
-def _redraw_rows_narrowly(matrix: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+def _redraw_rows_narrowly(matrix: Tensor, rate: float, generator: torch.Generator) -> None:
     """The blog's `drop_upcycle`: at least one row, and exactly its count, int(rows · rate)."""
     rows = matrix.shape[0]
     index = torch.randperm(rows, generator=generator)[: max(1, int(rows * rate))]
     new = torch.randn((len(index), matrix.shape[1]), generator=generator) * ROWS_STD
-    return matrix.clone().index_copy_(0, index, new.to(matrix.dtype))
+    matrix.index_copy_(0, index, new.to(matrix.dtype))

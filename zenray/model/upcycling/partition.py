@@ -62,19 +62,17 @@ def squared_distances(features_IF: Tensor, expert_I: Tensor, num_experts: int) -
     return float((features_IF - cluster_means(features_IF, expert_I, num_experts)[expert_I]).square().sum())
 
 
-def cut(ffn: FeedForwardWeights, expert_I: Tensor, num_experts: int) -> list[FeedForwardWeights]:
-    """The experts of a partition: their neurons, in the FFN's order, and `down` times E.
+def cut(ffn: FeedForwardWeights, expert_I: Tensor, num_experts: int, expert: int, place: FeedForwardWeights) -> None:
+    """One expert of a partition, in its place: its neurons, in the FFN's order, and `down` times E.
 
     Gate weights that sum to 1 give an average of experts where the dense FFN is their sum; hence the factor. With all
     experts on and even weights the layer is then the dense FFN; with K of them it is E/K times their sum, LLaMA-MoE's
     rescaling.
     """
-    experts = []
-    for expert in range(num_experts):
-        index = (expert_I == expert).nonzero().flatten()
-        down = ffn.down_DI[:, index] * num_experts
-        experts.append(FeedForwardWeights(ffn.gate_ID[index], ffn.up_ID[index], down))
-    return experts
+    index = (expert_I == expert).nonzero().flatten()
+    place.gate_ID.copy_(ffn.gate_ID[index])
+    place.up_ID.copy_(ffn.up_ID[index])
+    place.down_DI.copy_(ffn.down_DI[:, index]).mul_(num_experts)
 
 
 def centroid_router(ffn: FeedForwardWeights, expert_I: Tensor, num_experts: int, std: float) -> Tensor:

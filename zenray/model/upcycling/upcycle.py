@@ -137,7 +137,9 @@ def make_layer(
     Depends on (seed, layer) and the weights alone. `config` is the recipe's, `pool` one of `single_threads`.
     """
     router, make_expert = pool.submit(_router_and_experts, ffn, layer, recipe, config).result()
-    made = {"gate.weight": router.to(ffn.gate_ID.dtype), **_fused(make_expert, ffn.gate_ID.dtype, config, pool)}
+    banks, places = _empty_banks(config, ffn.gate_ID.dtype)
+    list(pool.map(make_expert, range(len(places)), places))
+    made = {"gate.weight": router.to(ffn.gate_ID.dtype), **banks}
     if recipe.shared_expert_width:
         generator = seeded(recipe.seed, "layer", layer, "shared")
         shared = some_neurons(ffn, recipe.shared_expert_width, generator)
@@ -148,12 +150,12 @@ def make_layer(
 
 def _router_and_experts(
     ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig
-) -> tuple[Tensor, Callable[[int], FeedForwardWeights]]:
-    """The router (E, D) in float32, and what makes the expert of a number."""
+) -> tuple[Tensor, Callable[[int, FeedForwardWeights], None]]:
+    """The router (E, D) in float32, and what makes the expert of a number in its place."""
     count = len(recipe.drop_rates)
     if recipe.mode not in PARTITIONS:
         router = new_router(count, config.hidden_size, layer, recipe).repeat_interleave(recipe.granularity, dim=0)
-        return router, partial(_copy, ffn, layer, recipe, config)
+        return router, partial(_copy, ffn, layer, recipe)
     generator = seeded(recipe.seed, "layer", layer, "partition")
     if recipe.mode == "kmeans":
         expert_I = balanced_kmeans(neuron_features(ffn), count, generator)
@@ -163,12 +165,10 @@ def _router_and_experts(
         router = centroid_router(ffn, expert_I, count, recipe.router_std)
     else:
         router = new_router(count, config.hidden_size, layer, recipe)
-    return router, cut(ffn, expert_I, count).__getitem__
+    return router, partial(cut, ffn, expert_I, count)
 
 
-def _copy(
-    ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, config: MoDEConfig, expert: int
-) -> FeedForwardWeights:
+def _copy(ffn: FeedForwardWeights, layer: int, recipe: UpcyclingRecipe, expert: int, place: FeedForwardWeights) -> None:
     """A copy of the FFN, or one of its `granularity` shards of consecutive neurons, with its share drawn anew."""
     parts = recipe.granularity
     copy, shard = divmod(expert, parts)
@@ -176,30 +176,22 @@ def _copy(
     down_DI = ffn.down_DI.chunk(parts, dim=1)[shard]
     generator = seeded(recipe.seed, "layer", layer, "expert", copy, "shard", shard)
     whole = FeedForwardWeights(gate_ID, up_ID, down_DI * parts if parts > 1 else down_DI)
-    made = drop(whole, cast(DropMode, recipe.mode), recipe.drop_rates[copy], generator)  # partitions do not copy
-    return widen(made, config.expert_widths[expert], generator)
+    rate, mode = recipe.drop_rates[copy], cast(DropMode, recipe.mode)  # partitions do not copy
+    drop(whole, mode, rate, generator, place.first(whole.width))
+    widen(place, whole.width, generator)
 
 
-def _fused(
-    make_expert: Callable[[int], FeedForwardWeights], dtype: torch.dtype, config: MoDEConfig, pool: Executor
-) -> dict[str, Tensor]:
-    """The weights of the banks, named as zenray.model.experts names them: gate_up (E, 2I, D), gate rows first; down."""
-    banks, hidden, made = runs(config.expert_widths), config.hidden_size, {}
-    places: list[tuple[Tensor, Tensor]] = []
-    for bank, (width, count) in enumerate(banks):
-        stem = "experts." if len(banks) == 1 else f"experts.banks.{bank}."
+def _empty_banks(config: MoDEConfig, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[FeedForwardWeights]]:
+    """The weights of the banks, named as zenray.model.experts names them, and each expert's place in them:
+    gate_up (E, 2I, D), gate rows first; down (E, D, I)."""
+    runs_of, hidden, made = runs(config.expert_widths), config.hidden_size, {}
+    places: list[FeedForwardWeights] = []
+    for bank, (width, count) in enumerate(runs_of):
+        stem = "experts." if len(runs_of) == 1 else f"experts.banks.{bank}."
         made[f"{stem}gate_up_proj"] = gate_up = torch.empty(count, 2 * width, hidden, dtype=dtype)
         made[f"{stem}down_proj"] = down = torch.empty(count, hidden, width, dtype=dtype)
-        places += zip(gate_up, down, strict=True)
-
-    def fill(expert: int) -> None:
-        gate_ID, up_ID, down_DI = make_expert(expert)
-        gate_up, down = places[expert]
-        torch.cat([gate_ID, up_ID], out=gate_up)
-        down.copy_(down_DI)
-
-    list(pool.map(fill, range(len(places))))
-    return made
+        places += map(FeedForwardWeights, gate_up[:, :width], gate_up[:, width:], down)
+    return made, places
 
 
 def new_router(count: int, hidden: int, layer: int, recipe: UpcyclingRecipe) -> Tensor:
