@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from starlette.testclient import TestClient
 from tests.cli.test_commands import MODEL, Zenray, control, zenray  # noqa: F401
 from tests.cli.test_platform import announce
 from zenray.cli.client import ControlClient
+from zenray.cli.commands.deployments import wait_until_ready
 from zenray.cli.home import Home
 from zenray.cluster.fake import FakeCluster
 from zenray.control.app import Control
+from zenray.spec.errors import Unavailable
 from zenray.spec.platform import StorageSettings
 from zenray.spec.versions import VersionRef
 from zenray.storage.opening import open_store
@@ -72,3 +75,20 @@ def test_what_a_file_leaves_out_is_left_to_control(
     monkeypatch.setattr(ControlClient, "put", lambda _client, _path, body: sent.append(body))
     zenray("deploy", MODEL, "--no-wait")
     assert sent == [{"model": MODEL}]
+
+
+def test_waiting_for_a_deployment_outlives_a_control_that_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"state": "starting", "message": None, "revision": None, "wanted_revision": "r1", "wanted_phase": "starting"}
+    ready = row | {"state": "ready", "revision": "r1"}
+    answers: list[Any] = [ready, Unavailable("restarting"), row, Unavailable("restarting"), Unavailable("restarting")]
+
+    def get(_client: ControlClient, _path: str) -> Any:
+        answer = answers.pop()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ControlClient, "get", get)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    wait_until_ready(ControlClient("http://127.0.0.1:1", "token"), MODEL)
+    assert not answers

@@ -6,9 +6,12 @@ import os
 from typing import Any
 
 import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from zenray.cli.home import Home
 from zenray.spec.errors import Unavailable, ZenrayError
+
+AWAY_S = 120.0
 
 
 class ControlError(ZenrayError):
@@ -42,6 +45,16 @@ class ControlClient:
 
     def get(self, path: str, **params: Any) -> Any:
         return self._ask("GET", path, params={k: v for k, v in params.items() if v is not None})
+
+    def get_patiently(self, path: str, **params: Any) -> Any:
+        """`get` for those who watch something: control may go away and come back. Unavailable after AWAY_S."""
+        patience = Retrying(
+            retry=retry_if_exception_type(Unavailable),
+            stop=stop_after_delay(AWAY_S),
+            wait=wait_fixed(0.5),
+            reraise=True,
+        )
+        return patience(self.get, path, **params)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         return self._ask("POST", path, json=body or {})

@@ -10,14 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from zenray.cli.client import ControlClient
 from zenray.cli.output import console, show_table
-from zenray.spec.errors import Unavailable, ZenrayError
+from zenray.spec.errors import ZenrayError
 from zenray.spec.evaluation import EvaluationResult
 from zenray.spec.job_events import Ended, JobEvent, Result, Started, StateChanged, Step, in_words, parse_event
 from zenray.spec.job_events import Progress as Work
 from zenray.spec.job_life import JobState
 
 POLL_S = 0.5
-CONTROL_AWAY_S = 120.0
 
 
 class JobFailed(ZenrayError):
@@ -136,18 +135,8 @@ def raise_unless_succeeded(row: dict[str, Any]) -> None:
 
 def _answers(client: ControlClient, job: str, after: int) -> Iterator[dict[str, Any]]:
     """Control's answers up to the one with which the job is over and all is said."""
-    away_since_s: float | None = None
     while True:
-        try:
-            answer: dict[str, Any] = client.get(f"/admin/jobs/{job}/events", after=after)
-        except Unavailable:
-            now_s = time.monotonic()
-            away_since_s = away_since_s or now_s
-            if now_s - away_since_s > CONTROL_AWAY_S:
-                raise
-            time.sleep(POLL_S)
-            continue
-        away_since_s = None
+        answer: dict[str, Any] = client.get_patiently(f"/admin/jobs/{job}/events", after=after)
         yield answer
         if not answer["data"] and JobState(answer["job"]["state"]).is_final:
             return

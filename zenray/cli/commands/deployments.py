@@ -47,11 +47,14 @@ def read_target(target: str) -> DeploymentSpec:
 
 
 def wait_until_ready(client: ControlClient, model: str, timeout_s: float = READY_TIMEOUT_S) -> None:
-    """Show the deployment's state until it takes traffic. Unavailable with the reason when it fails."""
+    """Show the deployment's state until it takes traffic. Unavailable with the reason when it fails.
+
+    Control may go away and come back meanwhile.
+    """
     deadline_s = time.monotonic() + timeout_s
     with console.status(f"{model}: asked for") as spinner:
         while time.monotonic() < deadline_s:
-            row: dict[str, Any] = client.get(f"/admin/deployments/{model}")
+            row: dict[str, Any] = client.get_patiently(f"/admin/deployments/{model}")
             state = DeploymentState(row["state"])
             reason = row.get("message") or "no reason was given"
             if state is DeploymentState.FAILED:
