@@ -15,7 +15,7 @@ from zenray.spec.documents import parse_document
 from zenray.spec.errors import Conflict, InvalidDocument, InvalidValue, NotFound
 from zenray.spec.jobs import load_job
 from zenray.spec.upcycling import UpcycledRouter, UpcycleJob
-from zenray.spec.versions import VersionRef
+from zenray.spec.versions import TEMPLATE_OVERHEAD, VersionRef
 from zenray.storage.cache import fetch
 from zenray.storage.local import LocalStore
 from zenray.storage.versions import list_versions, publish
@@ -48,7 +48,8 @@ def store(tmp_path: Path) -> LocalStore:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     store = LocalStore(tmp_path / "store")
-    publish(store, VersionRef(model="dense", version="v0"), tmp_path / "dense")
+    about = {TEMPLATE_OVERHEAD: "7", "context_tokens": "64", "dtype": "F32"}
+    publish(store, VersionRef(model="dense", version="v0"), tmp_path / "dense", metadata=about)
     return store
 
 
@@ -58,6 +59,8 @@ def test_publishes_the_model_with_its_parents_and_recipe(store, tmp_path):
     assert [str(manifest.ref) for manifest in published] == ["mode@v1/safetensors"]
     assert published[0].parents.base_version == "dense@v0/safetensors"
     assert '"drop_rates": [0.0, 0.5]' in published[0].metadata["recipe"]
+    assert published[0].metadata.items() >= {(TEMPLATE_OVERHEAD, "7"), ("context_tokens", "64")}
+    assert "dtype" not in published[0].metadata, "what it is not given, it does not inherit"
     assert {phase for phase, _, _ in seen} >= {"upcycle", "upload"}
     made = [(done, total) for phase, done, total in seen if phase == "upcycle"]
     assert made[-1][0] == made[-1][1] and sorted(made) == made

@@ -18,7 +18,7 @@ from zenray.model.weights import TensorFolder
 from zenray.spec.errors import Conflict, InvalidValue
 from zenray.spec.jobs import job_id
 from zenray.spec.platform import StorageSettings
-from zenray.spec.versions import VersionRef
+from zenray.spec.versions import TEMPLATE_OVERHEAD, VersionRef
 from zenray.storage.cache import fetch
 from zenray.storage.job_record import report_key
 from zenray.storage.local import LocalStore
@@ -38,7 +38,7 @@ PLAIN = replace(CONFIG, router=RouterConfig(experts_per_token=2))  # which Mixtr
 def store(tmp_path: Path) -> LocalStore:
     store = LocalStore(tmp_path / "store")
     folder = write_version(tmp_path / "v0", PLAIN, dtype=torch.bfloat16)
-    publish(store, VersionRef(model="tiny", version="v0"), folder)
+    publish(store, VersionRef(model="tiny", version="v0"), folder, metadata={TEMPLATE_OVERHEAD: "7", "dtype": "F32"})
     return store
 
 
@@ -57,6 +57,7 @@ def test_the_version_is_the_trained_network_in_the_bases_layout(store, tmp_path)
     manifest = publish_result(*about)
     assert {str(one.ref) for one in list_versions(store, "tiny")} >= {"tiny@v1/safetensors", "tiny@v1/mixtral"}
     assert manifest.metadata["run"] == about[1] and json.loads(manifest.metadata["job"])["base"]["version"] == "v0"
+    assert manifest.metadata[TEMPLATE_OVERHEAD] == "7", "the tokenizer is the base's"
     texts = {domain: tmp_path / "text" / f"{domain}.jsonl" for domain in ("count", "spell")}
     digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in texts.values()}
     read = {Path(file.path): (file.sha256, file.size_bytes) for file in manifest.parents.data_files}

@@ -90,3 +90,8 @@ class Manifest(BaseModel):
     @property
     def size_bytes(self) -> int:
         return sum(entry.size_bytes for entry in self.files)
+
+    @property
+    def inherited(self) -> dict[str, str]:
+        """What a version that is made of this one, with its tokenizer and its positions, has in its metadata too."""
+        return {name: self.metadata[name] for name in (TEMPLATE_OVERHEAD, "context_tokens") if name in self.metadata}

@@ -32,7 +32,7 @@ from zenray.storage.cache import fetch
 from zenray.storage.job_record import report_key
 from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
-from zenray.storage.versions import find_manifest, publish
+from zenray.storage.versions import find_manifest, publish, read_manifest
 from zenray.training.attempts import Attempt, fit
 from zenray.training.checkpointing import read_weight, weight_shapes
 from zenray.training.context_parallel import check_experts
@@ -181,10 +181,10 @@ def publish_result(
         page = write_report(f"{job.into.model}@{job.into.version}", history, job.model_dump(mode="json"))
         (made / REPORT_NAME).write_text(page, encoding="utf-8")
         store.put_bytes(report_key(name), page.encode())
-        parents = Parents(
-            base_version=str(pinned(job.base, store)), training_job=job.name, data_files=files_in(history)
-        )
+        origin = read_manifest(store, pinned(job.base, store))
+        parents = Parents(base_version=str(origin.ref), training_job=job.name, data_files=files_in(history))
         metadata = {"kind": job.kind, "run": name, "job": job.model_dump_json(), **_metrics(job, history)}
+        metadata |= origin.inherited
         ref = VersionRef(model=job.into.model, version=job.into.version)
         if job.stock_format != "none":  # first, so that a version whose own format is there has all of its formats
             stock = Path(scratch, "stock")

@@ -17,7 +17,7 @@ from zenray.spec.upcycling import UpcycleJob
 from zenray.spec.versions import Manifest, Parents, VersionRef
 from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.cache import fetch
-from zenray.storage.versions import newest, publish
+from zenray.storage.versions import newest, publish, read_manifest
 
 
 def run(
@@ -45,6 +45,7 @@ def run(
         "recipe": json.dumps(asdict(recipe)),
         "experts": str(config.num_experts),
         "experts_per_token": str(config.router.experts_per_token),
+        **read_manifest(store, base).inherited,
     }
     with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{job.name}-") as scratch:
         made = Path(scratch, "safetensors")
