@@ -190,6 +190,20 @@ def test_a_teacher_costs_its_forward_pass_and_its_weights() -> None:
     assert kept.fullest.loss.teachers > 8 * eighth_of_the_teacher, "it lies whole on every worker"
 
 
+@pytest.mark.parametrize(("about", "share"), [({}, 1.0), ({"top_logits": 64}, 0.25)])
+def test_a_teacher_of_one_domain_runs_on_that_domains_sequences_unless_it_is_cut(about: Any, share: float) -> None:
+    sources = [{"domain": name, "builtin": name, "weight": weight} for name, weight in (("prose", 3), ("code", 1))]
+    data = {"sources": sources, "sequence_tokens": 4096}
+    teachers = [{"version": {"model": "zen-7b"}, **about}]
+    alone, always, seldom = (
+        plan_training(job(data=data, **changes), CATALOG, EIGHT).speed
+        for changes in ({}, {"teachers": teachers}, {"teachers": [{**teachers[0], "domains": ["code"]}]})
+    )
+    assert alone and always and seldom
+    extra = [speed.flops_per_token - alone.flops_per_token for speed in (seldom, always)]
+    assert extra[0] == pytest.approx(share * extra[1])
+
+
 def test_on_cpus_only_the_memory_is_reckoned() -> None:
     found = load_job(ROOT / "jobs" / "distill-smollm2-mode.yaml")
     assert isinstance(found, DistillJob)

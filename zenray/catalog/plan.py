@@ -5,7 +5,7 @@ Refuses what cannot fit, with the sum. Speed is a peak times an assumed share of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from zenray.catalog.accounting import count_parameters, flops_per_token
@@ -24,7 +24,7 @@ from zenray.catalog.training_memory import (
 from zenray.spec.dimensions import ModelDimensions
 from zenray.spec.errors import InvalidValue
 from zenray.spec.platform import Nodes
-from zenray.spec.training import DistillJob, TrainingJob
+from zenray.spec.training import DataSource, DistillJob, TrainingJob
 
 USABLE_SHARE = 0.92  # of a GPU's memory: the rest is lost between blocks of PyTorch's allocator
 DAY_S = 86_400
@@ -149,7 +149,15 @@ def _teachers(job: TrainingJob, catalog: Catalog, student: ModelDimensions) -> I
                 hint="Distillation compares the two distributions token by token: use a teacher of one tokenizer.",
                 param="teachers",
             )
-        yield Teacher(found, is_whole=teacher.top_logits is not None)
+        is_whole = teacher.top_logits is not None
+        runs_on_all = job.workers.fully_sharded and not is_whole  # all workers run a network that is cut
+        yield Teacher(found, is_whole, 1.0 if runs_on_all else _share_of(teacher.domains, job.data.sources))
+
+
+def _share_of(domains: Collection[str] | None, sources: Sequence[DataSource]) -> float:
+    """Of all sequences, those of these domains."""
+    total = sum(source.weight for source in sources)
+    return sum(source.weight for source in sources if domains is None or source.domain in domains) / total
 
 
 def _passes(job: TrainingJob, layout: TrainingLayout) -> int:
@@ -255,7 +263,9 @@ def _speed(
     """Time is FLOPs over the assumed share of the peak, and what is done twice or waited for on top."""
     context_tokens = job.data.sequence_tokens // 2  # a token sees half of its sequence on average
     forward = flops_per_token(dimensions, context_tokens)
-    of_teachers = sum(flops_per_token(teacher.dimensions, context_tokens) for teacher in teachers)
+    of_teachers = round(
+        sum(flops_per_token(teacher.dimensions, context_tokens) * teacher.share_of_tokens for teacher in teachers)
+    )
     flops = 3 * forward + of_teachers
     recomputed = forward if job.activation_checkpointing == "full" else 0
     passes = _passes(job, layout)

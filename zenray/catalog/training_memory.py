@@ -81,10 +81,11 @@ class Settings:
 @dataclass(frozen=True)
 class Teacher:
     """A network that runs beside the student. `is_whole`: on every worker, also where the student is cut, as those are
-    whose likeliest tokens are kept (zenray.training.teachers)."""
+    whose likeliest tokens are kept (zenray.training.teachers). `share_of_tokens`: those that it is run on."""
 
     dimensions: ModelDimensions
     is_whole: bool = False
+    share_of_tokens: float = 1.0
 
 
 @dataclass(frozen=True)
