@@ -58,9 +58,17 @@ def unbroken(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
+@pytest.fixture
+def flushed_denormals() -> Iterator[None]:
+    """As workers compute; other tests of this process need denormals."""
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("flushed_denormals")
 def test_two_workers_make_what_one_process_makes(unbroken: Run, tmp_path: Path) -> None:
     wanted = unbroken.job(**{**JOB, "workers": {}, "sequences_per_pass": 8})
-    torch.set_flush_denormal(True)
     trainer, data = assemble(wanted, unbroken.store, tmp_path, Mesh())
     history = train(trainer, data, FolderRecorder(tmp_path / "checkpoints")).history
     losses = [[e["lm_loss"] for e in events if e["event"] == "step"] for events in (history, unbroken.history())]
@@ -75,16 +83,25 @@ def test_two_workers_make_what_one_process_makes(unbroken: Run, tmp_path: Path) 
     assert list(checkpoints.iterdir()) == [], "of no use once the version is there"
 
 
+def test_a_killed_worker_changes_nothing(ray_session: RaySession, unbroken: Run, tmp_path: Path) -> None:
+    """Ray Train starts the group again by itself."""
+    run = Run(tmp_path, in_session(ray_session))
+    driver = run.start(**JOB)
+    run.kill_a_worker(driver, ray_session, random.randint(5, 20))
+    finished(driver)
+    assert sum(event["event"] == "resumed" for event in run.events) == 1
+    same_result(run, unbroken)
+
+
+@pytest.mark.nightly
 def test_a_killed_worker_and_a_killed_driver_change_nothing(
     ray_session: RaySession, unbroken: Run, tmp_path: Path
 ) -> None:
-    """A worker's death: Ray Train starts the group again by itself. The driver's: whoever starts the job again."""
+    """The driver's death: whoever starts the job again goes on where it stood."""
     run = Run(tmp_path, in_session(ray_session))
     first_kill, second_kill = random.randint(5, 12), random.randint(14, 20)
     driver = run.start(**JOB)
-    run.await_event(driver, "step", first_kill)
-    run.await_kept(driver)
-    random.choice(train_workers(ray_session.record().processes())).kill()
+    run.kill_a_worker(driver, ray_session, first_kill)
     run.await_event(driver, "resumed")
     run.await_event(driver, "step", second_kill)
     driver.kill()
@@ -171,12 +188,12 @@ def test_a_run_that_its_faults_stop_is_not_published(ray_session: RaySession, tm
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("flushed_denormals")
 def test_two_stages_make_what_one_process_makes_and_survive_a_kill(ray_session: RaySession, tmp_path: Path) -> None:
     """A pipeline of two workers, the teacher beside the second; then the same, with one of them killed."""
     job = {**JOB, "workers": {"count": 2, "pipeline_parallel": 2, "cpus": 0.5}}
     run, killed = (Run(tmp_path / name, in_session(ray_session)) for name in ("run", "killed"))
     assert "published tiny@v1/safetensors" in run.finish(**job)
-    torch.set_flush_denormal(True)
     trainer, data = assemble(run.job(**{**JOB, "workers": {}}), run.store, tmp_path, Mesh())
     histories = (run.history(), train(trainer, data, FolderRecorder(tmp_path / "checkpoints")).history)
     for name in ("lm_loss", "kl", "balance"):  # sums in another order: the first steps tell of a fault
@@ -188,9 +205,7 @@ def test_two_stages_make_what_one_process_makes_and_survive_a_kill(ray_session: 
     for domain, losses in first[0].items():
         assert losses == pytest.approx(first[1][domain], rel=1e-5)
     driver = killed.start(**job)
-    killed.await_event(driver, "step", random.randint(5, 20))
-    killed.await_kept(driver)
-    random.choice(train_workers(ray_session.record().processes())).kill()
+    killed.kill_a_worker(driver, ray_session, random.randint(5, 20))
     finished(driver)
     assert "resumed" in {event["event"] for event in killed.events}
     same_result(killed, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -96,6 +97,12 @@ class Run:
         records = Path(self.store.uri.removeprefix("file:"), "training")
         name = "*/checkpoint_manager_snapshot.json"
         await_that(lambda: any("checkpoint_dir_name" in file.read_text() for file in records.glob(name)), driver)
+
+    def kill_a_worker(self, driver: subprocess.Popen[str], session: RaySession, step: int) -> None:
+        """Any of them, after this step and the first checkpoint."""
+        self.await_event(driver, "step", step)
+        self.await_kept(driver)
+        random.choice(train_workers(session.record().processes())).kill()
 
     def result(self) -> Path:
         return fetch(self.store, VersionRef(model="tiny", version="v1"), self.folder / "cache")

@@ -3,7 +3,7 @@
 python -m tests.contract.vllm_answers PROMPTS.json ENGINE FOLDER...
 
 ENGINE: more of the engine's arguments, as JSON, such as {"tensor_parallel_size": 2}; without any, a second line says
-what the loaded routers hold beside their weights. Models run in the dtype of their config.json.
+what the loaded routers hold beside their weights. Models run in the dtype of their config.json; only float32 answers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ def answers(folder: str, prompts: list[list[int]], **engine: Any) -> list[dict[s
     """For each prompt: `prompt_logprobs` of its tokens but the first, `tokens` of the answer and their `logprobs`."""
     from vllm import LLM, SamplingParams
 
+    dtype = json.loads(Path(folder, "config.json").read_text())["dtype"]
+    asked = prompts if dtype == "float32" else []
     llm = LLM(
         folder,
-        dtype=json.loads(Path(folder, "config.json").read_text())["dtype"],
+        dtype=dtype,
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=128,
@@ -35,7 +37,7 @@ def answers(folder: str, prompts: list[list[int]], **engine: Any) -> list[dict[s
         temperature=0, max_tokens=NEW_TOKENS, logprobs=0, prompt_logprobs=0, ignore_eos=True, detokenize=False
     )
     found = []
-    for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False):
+    for output in llm.generate([{"prompt_token_ids": prompt} for prompt in asked], greedy, use_tqdm=False):
         given, answer = output.prompt_token_ids, output.outputs[0]
         found.append(
             {
