@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,8 +42,7 @@ def load_document(path: Path, schema: type[D]) -> D:
 def parse_document(text: str, schema: type[D], *, where: str) -> D:
     """As `load_document`, for text that is already read; `where` names it in errors."""
     try:
-        # Not CSafeLoader, fast as it is: text nested very deeply makes libyaml's wrapper crash the process.
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = _compose(text)
         _refuse_repeated_keys(node, where, set())
         data = {} if node is None else yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
@@ -58,6 +58,18 @@ def parse_document(text: str, schema: type[D], *, where: str) -> D:
     if not isinstance(data, dict):
         raise InvalidDocument(f"{where}: expected keys and values, got {type(data).__name__}.")
     return _validated(data, node, schema, where)
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """By libyaml, ten times as fast, but for text nested so deeply that its wrapper would crash the process.
+
+    A level of nesting is a bracket, or begins at a further column than the one that it lies in.
+    """
+    deepest = max(map(len, text.splitlines()), default=0) + text.count("[") + text.count("{")
+    if yaml.__with_libyaml__ and deepest < 2_000:
+        with suppress(yaml.YAMLError):  # the other one says better what is wrong, and where
+            return yaml.compose(text, Loader=yaml.CSafeLoader)
+    return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def read_document(data: Any, schema: type[D], *, where: str) -> D:
