@@ -21,7 +21,7 @@ demo:  ## A real model on Ray, asked through the gateway, billed to the token
 
 check:  ## Lint, types, import contracts, fast tests: under a minute
 	@scripts/setup.sh
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target types fast-torch fast-others lint imports
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target fast-others fast-torch types lint imports
 
 test:  ## All that CI runs: check, parity, contract, e2e
 	@scripts/setup.sh --servers needed

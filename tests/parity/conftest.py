@@ -6,6 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.training.conftest import base as base
+from tests.training.conftest import text as text
+from tests.training.conftest import tokens as tokens
+
 _SHAPE = {
     "vocab_size": 97,
     "hidden_size": 48,

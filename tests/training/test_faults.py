@@ -5,26 +5,22 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.training.spoilt import spoilt_run
 from tests.training.tiny import FolderRecorder, job
 from zenray.spec.errors import InvalidValue, StorageUnavailable
-from zenray.spec.training import Faults, TrainingJob
+from zenray.spec.training import Faults
 from zenray.training import notice
-from zenray.training.checkpointing import difference
 from zenray.training.faults import data_step, decide, divergence, in_a_row, taken_losses
-from zenray.training.history import read_history
-from zenray.training.loop import Outcome, TrainingSet, train
 from zenray.training.networks import Checkpoint
-from zenray.training.trainer import Trainer
 from zenray.training.uploads import upload
 
 POLICY = Faults(diverging="skip", window_steps=4, most_in_a_row=3)
@@ -131,75 +127,9 @@ def test_data_after_rollbacks_is_data_that_was_never_read(backs, index) -> None:
     assert data_step(history, index + 1) == data_step(history, index) + 1
 
 
-class Poisoned(TrainingSet):
-    """Data of which some steps' worth spoils the loss: `bad` tells which, by their place in the data."""
-
-    bad: frozenset[int] = frozenset()
-    now_bad = False
-    shift = staticmethod(lambda index: index)
-
-    def step(self, job, mesh, index):
-        self.now_bad = index in self.bad
-        return super().step(job, mesh, self.shift(index))
-
-
-class Spoilt(Trainer):
-    """Its loss is no number, or far too large, on bad data."""
-
-    data: Poisoned
-    spoilt = math.nan
-
-    def step(self, index, batches, accept):
-        def told(loss: float, norm: float) -> bool:
-            return accept(self.spoilt if self.data.now_bad else loss, norm)
-
-        return super().step(index, batches, told)
-
-
 @pytest.fixture
 def run(base: Checkpoint, tokens):
-    def start(
-        job: TrainingJob,
-        recorder: FolderRecorder,
-        bad: tuple[int, ...] = (),
-        *,
-        loss: float = math.nan,
-        shift: Callable[[int], int] = lambda index: index,
-        notice: Any = None,
-    ) -> Outcome:
-        torch.set_num_threads(1)
-        trainer = Spoilt(base.network(), job)
-        opened = TrainingSet.open(job, tokens)
-        trainer.data = Poisoned(opened.stream, opened.held_out)
-        trainer.data.bad, trainer.data.shift, trainer.spoilt = frozenset(bad), shift, loss
-        return train(trainer, trainer.data, recorder, notice=notice)
-
-    return start
-
-
-def test_a_rollback_leaves_the_run_as_if_it_had_never_read_the_data_in_between(run, text, tmp_path) -> None:
-    """Steps 2 to 4 are undone: the run goes on from the checkpoint of step 2 with the data of step 5."""
-    wanted = job(text, faults={"not_finite": "roll_back"})
-    outcome = run(wanted, FolderRecorder(tmp_path / "back"), bad=(3,))
-    assert [(e["step"], e["from"]) for e in outcome.history if e["event"] == "rolled_back"] == [(2, 3)]
-    without = run(wanted, FolderRecorder(tmp_path / "without"), shift=lambda i: i if i < 2 else i + 2)
-    assert difference(tmp_path / "back" / "step-00000006", tmp_path / "without" / "step-00000006") == []
-    steps = [[e["loss"] for e in found.history if e["event"] == "step"] for found in (outcome, without)]
-    assert steps[0] == steps[1] and len(steps[0]) == 6
-
-
-@pytest.mark.parametrize("dies_after", [1, 2])
-def test_a_run_that_rolled_back_and_was_killed_decides_the_same_again(run, text, tmp_path, dies_after) -> None:
-    wanted = job(text, faults={"diverging": "roll_back", "window_steps": 4}, steps=10)
-    bad = (5, 8)
-    unbroken = run(wanted, FolderRecorder(tmp_path / "unbroken"), bad, loss=1e4)
-    assert [e["from"] for e in unbroken.history if e["event"] == "rolled_back"] == [5, 6]
-    with pytest.raises(KeyboardInterrupt):
-        run(wanted, FolderRecorder(tmp_path / "broken", 1 + dies_after), bad, loss=1e4)
-    again = run(wanted, FolderRecorder(tmp_path / "broken"), bad, loss=1e4)
-    assert difference(*(tmp_path / name / "step-00000010" for name in ("unbroken", "broken"))) == []
-    times = [[{**e, "tokens_per_s": 0} for e in outcome.history] for outcome in (unbroken, again)]
-    assert times[0] == times[1]
+    return partial(spoilt_run, base, tokens)
 
 
 def test_a_diverging_step_is_skipped_and_the_next_is_not(run, text, tmp_path) -> None:
@@ -222,37 +152,6 @@ def test_stop_leaves_the_state_before_the_step_and_another_policy_goes_on_from_i
     assert on.stopped is None and recorder.names[-1] == "step-00000008"
 
 
-class NoticeAt:
-    """Notice when so many steps are done; `by_ray`: found by asking, not by a signal."""
-
-    def __init__(self, step: int, by_ray: bool) -> None:
-        self.left, self.by_ray = step, by_ray
-
-    def is_given(self) -> bool:
-        self.left -= 1
-        return self.left == 0 and not self.by_ray
-
-    def is_due(self) -> bool:
-        return True
-
-    def ask(self) -> bool:
-        return self.left == 0
-
-
-@pytest.mark.parametrize("by_ray", [False, True])
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_after_notice_all_work_is_kept_and_the_run_goes_on_where_it_was(run, text, tmp_path, step, by_ray) -> None:
-    wanted = job(text)
-    unbroken = run(wanted, FolderRecorder(tmp_path / "unbroken"))
-    recorder = FolderRecorder(tmp_path / "noticed")
-    outcome = run(wanted, recorder, notice=NoticeAt(step, by_ray))
-    assert outcome.was_preempted and recorder.names[-1] == f"step-{step:08}"
-    assert not run(wanted, recorder).was_preempted
-    assert difference(*(tmp_path / name / "step-00000006" for name in ("unbroken", "noticed"))) == []
-    kept = read_history(tmp_path / "noticed" / "step-00000006")
-    assert [e["event"] for e in kept] == [e["event"] for e in unbroken.history]
-
-
 def test_the_first_sigterm_is_a_notice_and_the_second_is_what_it_was(monkeypatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     heard = []
@@ -267,27 +166,6 @@ def test_the_first_sigterm_is_a_notice_and_the_second_is_what_it_was(monkeypatch
     finally:
         notice._given.clear()
         signal.signal(signal.SIGTERM, before)
-
-
-def test_a_full_disk_is_named_with_the_numbers_and_the_last_checkpoint_stands(run, text, tmp_path) -> None:
-    class FullLater(FolderRecorder):
-        """The second checkpoint's file is one that the kernel lets nobody write to."""
-
-        def record(self, name, metrics, write):
-            def onto_full(folder: Path) -> None:
-                if name != "step-00000002":
-                    (folder / "__0_0.distcp").symlink_to("/dev/full")
-                write(folder)
-
-            super().record(name, metrics, onto_full)
-
-    with pytest.raises(StorageUnavailable, match=r"disk is full: the checkpoint of step 4 takes \d+ MB") as e:
-        run(job(text), FullLater(tmp_path / "full"))
-    assert "goes on from the checkpoint before" in str(e.value)
-    (tmp_path / "full" / "unfinished").rename(tmp_path / "rubbish")
-    run(job(text), FolderRecorder(tmp_path / "full"))
-    run(job(text), FolderRecorder(tmp_path / "unbroken"))
-    assert difference(*(tmp_path / name / "step-00000006" for name in ("unbroken", "full"))) == []
 
 
 class Away:

@@ -10,8 +10,6 @@ import torch
 from tests.training.tiny import CONFIG, FolderRecorder, job, write_version
 from zenray.spec.errors import InvalidValue
 from zenray.spec.training import PretrainJob, TrainingJob
-from zenray.training.checkpointing import difference
-from zenray.training.history import read_history
 from zenray.training.loop import Outcome, TrainingSet, train
 from zenray.training.networks import Checkpoint
 from zenray.training.trainer import Trainer
@@ -26,25 +24,6 @@ def run(base: Checkpoint, tokens):
         return train(trainer, TrainingSet.open(job, tokens), recorder)
 
     return start
-
-
-def without_times(history):
-    return [{name: value for name, value in event.items() if name != "tokens_per_s"} for event in history]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dies_after", [1, 2])
-def test_a_killed_run_ends_as_an_unbroken_one_bit_for_bit(run, text, tmp_path, dtype, dies_after) -> None:
-    wanted = job(text, dtype=dtype)
-    unbroken = run(wanted, FolderRecorder(tmp_path / "unbroken"))
-    with pytest.raises(KeyboardInterrupt):
-        run(wanted, FolderRecorder(tmp_path / "broken", dies_after))
-    resumed = FolderRecorder(tmp_path / "broken")
-    outcome = run(wanted, resumed)
-    assert resumed.names == [f"step-{step:08}" for step in (2, 4, 6)][dies_after:]
-    assert difference(tmp_path / "unbroken" / "step-00000006", tmp_path / "broken" / "step-00000006") == []
-    assert without_times(outcome.history) == without_times(unbroken.history)
-    assert without_times(read_history(tmp_path / "broken" / "step-00000006")) == without_times(unbroken.history)
 
 
 def test_training_learns(run, text, tmp_path) -> None:

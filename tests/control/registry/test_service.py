@@ -218,10 +218,4 @@ def test_quantized_weights_are_a_further_format_of_a_version(
         pull(store, "mine", str(checkpoint), cache_dir=cache_dir, format="awq-int3")
 
 
-def test_the_formats_are_those_that_the_import_knows() -> None:
-    from zenray.model.checkpoints.quantized import PACKINGS
-
-    assert set(PACKINGS) == set(service.QUANTIZED_FORMATS)
-
-
 FORMATS = (service.FORMAT, *service.QUANTIZED_FORMATS)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.serving.tiny_model import make_tiny_model, quantize
+from zenray.control.registry.service import QUANTIZED_FORMATS
 from zenray.model.checkpoints.convert import convert
 from zenray.model.checkpoints.quantized import PACKINGS
 from zenray.spec.errors import InvalidDocument, InvalidValue
@@ -20,6 +21,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain") / "tiny"
     make_tiny_model(folder)
     return folder
+
+
+def test_the_registry_knows_these_formats() -> None:
+    """By name: it imports no torch."""
+    assert set(PACKINGS) == set(QUANTIZED_FORMATS)
 
 
 @pytest.fixture(params=sorted(PACKINGS))
