@@ -108,7 +108,7 @@ class RunningGateway:
             except ValueError:
                 self.log.append({"event": "not json", "line": line.decode()})
 
-    async def logged(self, event: str, *, timeout_s: float = 15, **fields: object) -> dict[str, Any]:
+    async def logged(self, event: str, *, timeout_s: float = 60, **fields: object) -> dict[str, Any]:
         """The first log line of an event with these fields, waited for."""
         async with asyncio.timeout(timeout_s):
             while True:
@@ -127,14 +127,14 @@ class RunningGateway:
     async def wait(self) -> int:
         """The exit status of a gateway that ends by itself."""
         assert self._process
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await self._process.wait()
 
     def client(self, key: str = KEY, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=self.url + "/v1", api_key=key, **({"max_retries": 0} | options))
 
 
-async def until(condition: Any, *, timeout_s: float = 10) -> None:
+async def until(condition: Any, *, timeout_s: float = 60) -> None:
     """Wait until `condition()` is true."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - the conditions are facts of other processes
