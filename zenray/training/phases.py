@@ -22,6 +22,7 @@ from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, list_versions, publish
 from zenray.training.events import EventStream, ProgressEvents
+from zenray.training.leftovers import drop_checkpoints
 from zenray.training.tracking import check_trackers
 
 
@@ -69,7 +70,7 @@ def _pipeline(
         def at(state: str, name: str = phase.name, number: int = number) -> None:
             tell(Phase(name=name, number=number, of=len(job.phases), state=state))
 
-        done = _done(phase, store)
+        done = _done(phase, storage, store)
         if done is None:
             at("started")
             _check_conditions(phase, results, store)
@@ -84,7 +85,7 @@ def _pipeline(
     return made
 
 
-def _done(phase: PhaseJob, store: ObjectStore) -> list[Manifest] | None:
+def _done(phase: PhaseJob, storage: StorageSettings, store: ObjectStore) -> list[Manifest] | None:
     """What the phase has published, when it is over; [] for an evaluation, which publishes nothing. Conflict."""
     if isinstance(phase, EvaluateJob):
         return None if read_result(store, job_id(phase)) is None else []
@@ -92,6 +93,7 @@ def _done(phase: PhaseJob, store: ObjectStore) -> list[Manifest] | None:
     if existing is None:
         return None
     if existing.metadata.get("run") == job_id(phase):
+        drop_checkpoints(storage, job_id(phase))  # where it was killed before it came to that
         return [existing]
     if isinstance(phase, UpcycleJob):
         return None  # made again, it is the same bytes, and publishing those changes nothing; others are a Conflict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import tempfile
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray
 import torch
 from filelock import FileLock, Timeout
@@ -26,7 +24,6 @@ from zenray.spec.jobs import job_id
 from zenray.spec.platform import StorageSettings
 from zenray.spec.training import DistillJob, TrainingJob
 from zenray.spec.versions import Manifest, Parents, VersionRef
-from zenray.storage.arrow import arrow_filesystem
 from zenray.storage.base import ObjectStore, Progress
 from zenray.storage.cache import fetch
 from zenray.storage.job_record import report_key
@@ -39,13 +36,12 @@ from zenray.training.context_parallel import check_experts
 from zenray.training.data.shards import TokenShards, tokenise_on_cluster
 from zenray.training.events import EventPlace
 from zenray.training.history import HISTORY_NAME, Event, files_in, identities_in, read_history
+from zenray.training.leftovers import checkpoint_place, drop_checkpoints
 from zenray.training.networks import Checkpoint, write_checkpoint
 from zenray.training.reading import StoredCheckpoint
 from zenray.training.report import REPORT_NAME, write_report
 from zenray.training.stages import check_stages
 from zenray.training.trainable import choose
-
-log = logging.getLogger(__name__)
 
 
 def run(
@@ -73,7 +69,7 @@ def run(
             raise Conflict(
                 f"{ref} exists, and was not made by this job as it stands.", hint="Publish into another version."
             )
-        _drop_checkpoints(storage, name)  # where it was killed before it came to that
+        drop_checkpoints(storage, name)  # where it was killed before it came to that
         return existing
     base = Checkpoint.open(fetch(store, pinned(job.base, store), work_dir / "versions", progress=progress))
     check_stages(base.config, job.train, job.workers.pipeline_parallel)
@@ -108,7 +104,7 @@ def run(
         raise ZenrayError(f"Run {name} ended without a checkpoint.")
     checkpoint = StoredCheckpoint(result.checkpoint.filesystem, result.checkpoint.path)
     manifest = publish_result(job, name, store, base, checkpoint, work_dir, progress)
-    _drop_checkpoints(storage, name)
+    drop_checkpoints(storage, name)
     return manifest
 
 
@@ -143,22 +139,6 @@ def _held(path: Path, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def checkpoint_place(storage: StorageSettings) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Where Ray Train keeps checkpoints in the store."""
-    filesystem, path = arrow_filesystem(open_store(storage).uri, storage.endpoint_url)
-    return filesystem, f"{path}/training"
-
-
-def _drop_checkpoints(storage: StorageSettings, name: str) -> None:
-    """Those of a run that is published, and so is never taken up again: weights and moments, many times the version."""
-    filesystem, folder = checkpoint_place(storage)
-    try:
-        if filesystem.get_file_info(f"{folder}/{name}").type == pyarrow.fs.FileType.Directory:
-            filesystem.delete_dir(f"{folder}/{name}")
-    except OSError as error:
-        log.warning("The checkpoints of %s are left in %s/%s: %s", name, folder, name, error)
 
 
 def publish_result(
