@@ -130,7 +130,7 @@ class TensorWriter:
         if found != plan:
             raise InvalidValue(f"Tensor {found} was written where {plan} was planned.")
         self._next += 1
-        while sum(size for _, size in self._behind) + plan.size_bytes > self.AHEAD_BYTES and self._behind:
+        while self._behind and sum(size for _, size in self._behind) + plan.size_bytes > self.AHEAD_BYTES:
             self._behind.popleft()[0].result()
         self._behind.append((self._thread.submit(self._write, shard, tensor), plan.size_bytes))
 

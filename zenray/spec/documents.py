@@ -63,7 +63,7 @@ def parse_document(text: str, schema: type[D], *, where: str) -> D:
 def _compose(text: str) -> yaml.Node | None:
     """By libyaml, ten times as fast, but for text nested so deeply that its wrapper would crash the process.
 
-    A level of nesting is a bracket, or begins at a further column than the one that it lies in.
+    A level of nesting is a bracket, or begins at a column of its own, where two may: a key's list stands below the key.
     """
     deepest = max(map(len, text.splitlines()), default=0) + text.count("[") + text.count("{")
     if yaml.__with_libyaml__ and deepest < 2_000:

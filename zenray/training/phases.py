@@ -22,7 +22,6 @@ from zenray.storage.opening import open_store
 from zenray.storage.pinning import pin, pinned
 from zenray.storage.versions import find_manifest, list_versions, publish
 from zenray.training.events import EventStream, ProgressEvents
-from zenray.training.leftovers import drop_checkpoints
 from zenray.training.tracking import check_trackers
 
 
@@ -70,13 +69,16 @@ def _pipeline(
         def at(state: str, name: str = phase.name, number: int = number) -> None:
             tell(Phase(name=name, number=number, of=len(job.phases), state=state))
 
-        done = _done(phase, storage, store)
+        done = _done(phase, store)
         if done is None:
             at("started")
             _check_conditions(phase, results, store)
             made += carry_out(phase, storage, work_dir, said)
         else:
+            from zenray.training.leftovers import drop_checkpoints  # imports pyarrow
+
             made += done
+            drop_checkpoints(storage, job_id(phase))  # where it was killed before it came to that
         if isinstance(phase, EvaluateJob):
             result = read_result(store, job_id(phase))
             assert result is not None
@@ -85,7 +87,7 @@ def _pipeline(
     return made
 
 
-def _done(phase: PhaseJob, storage: StorageSettings, store: ObjectStore) -> list[Manifest] | None:
+def _done(phase: PhaseJob, store: ObjectStore) -> list[Manifest] | None:
     """What the phase has published, when it is over; [] for an evaluation, which publishes nothing. Conflict."""
     if isinstance(phase, EvaluateJob):
         return None if read_result(store, job_id(phase)) is None else []
@@ -93,7 +95,6 @@ def _done(phase: PhaseJob, storage: StorageSettings, store: ObjectStore) -> list
     if existing is None:
         return None
     if existing.metadata.get("run") == job_id(phase):
-        drop_checkpoints(storage, job_id(phase))  # where it was killed before it came to that
         return [existing]
     if isinstance(phase, UpcycleJob):
         return None  # made again, it is the same bytes, and publishing those changes nothing; others are a Conflict
