@@ -52,6 +52,15 @@ def _environment_is_put_back() -> Iterator[None]:
     os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
+@pytest.fixture(autouse=True)
+def _denormals_are_put_back() -> Iterator[None]:
+    """Training flushes them in the process that it runs in; other tests, and hypothesis, need them."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """A function that names a port of 127.0.0.1 on which nobody listens now. Prefer binding port 0 yourself."""

@@ -58,17 +58,9 @@ def unbroken(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-@pytest.fixture
-def flushed_denormals() -> Iterator[None]:
-    """As workers compute; other tests of this process need denormals."""
-    torch.set_flush_denormal(True)
-    yield
-    torch.set_flush_denormal(False)
-
-
-@pytest.mark.usefixtures("flushed_denormals")
 def test_two_workers_make_what_one_process_makes(unbroken: Run, tmp_path: Path) -> None:
     wanted = unbroken.job(**{**JOB, "workers": {}, "sequences_per_pass": 8})
+    torch.set_flush_denormal(True)
     trainer, data = assemble(wanted, unbroken.store, tmp_path, Mesh())
     history = train(trainer, data, FolderRecorder(tmp_path / "checkpoints")).history
     losses = [[e["lm_loss"] for e in events if e["event"] == "step"] for events in (history, unbroken.history())]
@@ -188,12 +180,12 @@ def test_a_run_that_its_faults_stop_is_not_published(ray_session: RaySession, tm
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("flushed_denormals")
 def test_two_stages_make_what_one_process_makes_and_survive_a_kill(ray_session: RaySession, tmp_path: Path) -> None:
     """A pipeline of two workers, the teacher beside the second; then the same, with one of them killed."""
     job = {**JOB, "workers": {"count": 2, "pipeline_parallel": 2, "cpus": 0.5}}
     run, killed = (Run(tmp_path / name, in_session(ray_session)) for name in ("run", "killed"))
     assert "published tiny@v1/safetensors" in run.finish(**job)
+    torch.set_flush_denormal(True)
     trainer, data = assemble(run.job(**{**JOB, "workers": {}}), run.store, tmp_path, Mesh())
     histories = (run.history(), train(trainer, data, FolderRecorder(tmp_path / "checkpoints")).history)
     for name in ("lm_loss", "kl", "balance"):  # sums in another order: the first steps tell of a fault
